@@ -1,0 +1,156 @@
+"""Scores of a forecast against what was routed, as pure functions.
+
+Letters: M events, E experts per layer, K experts per token, G groups of events, C calibration bins.
+
+An *event* is one forecast: a source point of one token and one horizon, that is, E probabilities of which K
+turned out to be used. A *cell* is one (event, expert) pair: a probability and whether the expert was used.
+Cell accuracy is deliberately absent: with K of E experts used, "none is used" is right in (E - K) / E of all
+cells.
+
+Definitions, per event, averaged over events:
+
+- ``recall_at_k``: share of the K used experts among the K most probable ones.
+- ``recall_at_2k``: share of the K used experts among the 2K most probable ones (all experts if 2K > E).
+- ``exact_set``: 1 if the K most probable experts are exactly the K used ones.
+- ``top1``: 1 if the most probable expert is the host's rank-1 expert (its heaviest).
+- ``brier``: mean over the E experts of (p - used)^2.
+- ``nll``: for K = 1, -ln p of the used expert (categorical); for K > 1, the mean over the E experts of the
+  binary negative log-likelihood -ln p if used, else -ln(1 - p). Probabilities are clamped to
+  [1e-7, 1 - 1e-7].
+- ``mean_confidence``: mean p of the K most probable experts. The matching accuracy, the share of those K
+  experts that was used, equals ``recall_at_k`` because as many are predicted as are used.
+
+Equal probabilities are ranked by ``torch.topk``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SCORES = ("n", "recall_at_k", "recall_at_2k", "exact_set", "top1", "brier", "nll", "mean_confidence")
+"""Columns of :func:`event_scores`; ``n`` is 1 for every event."""
+
+_CLAMP = 1e-7
+
+
+def event_scores(p_ME: Tensor, used_MK: Tensor) -> Tensor:
+    """Score each event on its own.
+
+    Args:
+        p_ME: probabilities in [0, 1] that each expert is used.
+        used_MK: int64 ids of the distinct experts that were used, in rank order.
+
+    Returns:
+        ``[M, len(SCORES)]`` float64, columns in the order of :data:`SCORES`.
+    """
+    experts, top_k = p_ME.shape[-1], used_MK.shape[-1]
+    best_M2K = p_ME.topk(min(2 * top_k, experts), dim=-1)
+    hit_M2K = (best_M2K.indices[:, :, None] == used_MK[:, None, :]).any(-1)
+    hit_MK = hit_M2K[:, :top_k]
+    p64_ME = p_ME.double()
+    clamped_ME = p64_ME.clamp(_CLAMP, 1 - _CLAMP)
+    p_used_MK = p64_ME.gather(1, used_MK)
+    if top_k == 1:
+        nll_M = -clamped_ME.gather(1, used_MK)[:, 0].log()
+    else:
+        miss_ME = torch.log1p(-clamped_ME)
+        # Every cell counted as unused, then the used ones corrected: no [M, E] indicator is built.
+        used_correction_M = (clamped_ME.gather(1, used_MK).log() - miss_ME.gather(1, used_MK)).sum(1)
+        nll_M = -(miss_ME.sum(1) + used_correction_M) / experts
+    brier_M = (p64_ME.square().sum(1) + (1 - 2 * p_used_MK).sum(1)) / experts
+    columns = {
+        "n": torch.ones_like(brier_M),
+        "recall_at_k": hit_MK.double().mean(1),
+        "recall_at_2k": hit_M2K.double().sum(1) / top_k,
+        "exact_set": hit_MK.all(1).double(),
+        "top1": (best_M2K.indices[:, 0] == used_MK[:, 0]).double(),
+        "brier": brier_M,
+        "nll": nll_M,
+        "mean_confidence": best_M2K.values[:, :top_k].double().mean(1),
+    }
+    return torch.stack([columns[name] for name in SCORES], dim=1)
+
+
+def calibration_bins(p_ME: Tensor, used_MK: Tensor, group_M: Tensor, groups: int, bins: int) -> Tensor:
+    """Histogram the cells of each group by probability, in ``bins`` bins of equal width.
+
+    Bin c holds c / bins <= p < (c + 1) / bins; p = 1 falls in the last bin.
+
+    Args:
+        group_M: int64 in [0, groups), the group each event belongs to.
+
+    Returns:
+        ``[G, C, 3]`` float64: number of cells, sum of their probabilities, number of used cells.
+    """
+    p64_ME = p_ME.double()
+    bin_ME = (p64_ME * bins).long().clamp_(max=bins - 1)
+    bin_ME += (group_M * bins)[:, None]
+    flat, size = bin_ME.flatten(), groups * bins
+    cells = torch.bincount(flat, minlength=size).double()
+    mass = torch.bincount(flat, weights=p64_ME.flatten(), minlength=size)
+    used = torch.bincount(bin_ME.gather(1, used_MK).flatten(), minlength=size).double()
+    return torch.stack([cells, mass, used], dim=-1).view(groups, bins, 3)
+
+
+def calibration_error(bins_C3: Tensor) -> Tensor:
+    """Expected calibration error of binned cells: sum over bins of n_c / n x |mean p - share used|.
+
+    The forecast's *marginal* probabilities are judged: every expert's p counts, not only the most probable
+    one's (multi-label, "static" calibration; the top-label ECE of Guo et al. 2017 sees one cell per event
+    only).
+
+    Shapes:
+        bins_C3: ``[..., C, 3]`` from :func:`calibration_bins`; any leading dimensions are kept.
+
+    Returns:
+        float64 ``[...]``, NaN where there is no cell.
+    """
+    return (bins_C3[..., 1] - bins_C3[..., 2]).abs().sum(-1) / bins_C3[..., 0].sum(-1)
+
+
+def equal_mass_error(fine_C3: Tensor, bins: int) -> Tensor:
+    """The same error over about ``bins`` bins that hold equally many cells.
+
+    Whole fine bins are merged, so a fine bin that alone holds more than 1 / bins of the cells stays one bin.
+
+    Shapes:
+        fine_C3: ``[C, 3]`` one group's histogram from :func:`calibration_bins` with many bins.
+    """
+    cells_C = fine_C3[:, 0]
+    middle_C = cells_C.cumsum(0) - cells_C / 2
+    total = cells_C.sum()
+    merged_C = (middle_C / total.clamp(min=1) * bins).long().clamp(max=bins - 1)
+    return calibration_error(torch.zeros_like(fine_C3[:bins]).index_add_(0, merged_C, fine_C3))
+
+
+def threshold_curve(fine_C3: Tensor, steps: int) -> dict[str, list[float | None]]:
+    """Precision and recall of "fetch every expert with p >= threshold", exact at ``steps`` thresholds.
+
+    Args:
+        fine_C3: ``[C, 3]`` histogram of one group; C must be a multiple of ``steps``.
+
+    Returns:
+        ``threshold``, ``precision`` (None where nothing is predicted), ``recall`` (None where nothing is
+        used) and ``fetched`` (share of all cells predicted), each of length ``steps``, thresholds i / steps.
+
+    Raises:
+        ValueError: if the histogram's bin edges do not contain the thresholds.
+    """
+    count = fine_C3.shape[0]
+    if count % steps:
+        raise ValueError(f"{steps} thresholds do not fall on the edges of {count} bins")
+    above_C3 = fine_C3.flip(0).cumsum(0).flip(0)[:: count // steps]  # cells at or above each threshold
+    cells, _, used = above_C3.unbind(-1)
+    all_cells, _, all_used = fine_C3.sum(0)
+
+    def ratio(part: Tensor, whole: Tensor) -> list[float | None]:
+        values = (part / whole.expand_as(part)).tolist()
+        return [None if value != value else value for value in values]
+
+    return {
+        "threshold": [i / steps for i in range(steps)],
+        "precision": ratio(used, cells),
+        "recall": ratio(used, all_used),
+        "fetched": ratio(cells, all_cells),
+    }

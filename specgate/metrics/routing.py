@@ -1,0 +1,238 @@
+"""torchmetrics classes over routing forecasts: sums of fixed size, whatever the number of tokens.
+
+Letters: B sequences, T tokens, P source points, H horizons, E experts per layer, K experts per token, M
+events, G domains, J scores, C calibration bins, F fine bins.
+
+States are float64 sums per (domain, source point, horizon), so that results of batches, epochs and DDP ranks
+merge by addition; the kind of a (source point, horizon) pair (within, wrapped, entry) is kept beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from specgate.metrics.functional import (
+    SCORES,
+    calibration_bins,
+    calibration_error,
+    equal_mass_error,
+    event_scores,
+    threshold_curve,
+)
+from specgate.traces.batch import INVALID, KINDS, WITHIN, WRAPPED
+
+FINE_PER_BIN = 50
+THRESHOLDS = 50
+_CHUNK_CELLS = 1 << 22
+
+
+def _plain(value: Tensor | float | None) -> float | None:
+    """A JSON number: six decimals, None for NaN."""
+    number = math.nan if value is None else float(value)
+    return None if math.isnan(number) else round(number, 6)
+
+
+class CalibrationMetrics(Metric):
+    """Reliability of forecast probabilities: binned cells per domain, source point and horizon.
+
+    Args:
+        layers: MoE layers in the stack; there are ``layers + 1`` source points.
+        experts: experts per layer.
+        top_k: experts per token.
+        horizons: number of horizons, N+1 .. N+horizons.
+        domains: names of the domains that ``domain_B`` counts.
+        bins: calibration bins of equal width (20); the fine histogram has 50 times as many.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = None
+
+    bins_GPHC3: Tensor
+    fine_PHF3: Tensor
+    kind_PH: Tensor
+
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        top_k: int,
+        horizons: int,
+        domains: Sequence[str] = ("all",),
+        bins: int = 20,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.layers, self.experts, self.top_k, self.horizons = layers, experts, top_k, horizons
+        self.domains, self.bins = list(domains), bins
+        points, groups = layers + 1, len(self.domains)
+        f64 = torch.float64
+        self.add_state("bins_GPHC3", torch.zeros(groups, points, horizons, bins, 3, dtype=f64), "sum")
+        self.add_state("fine_PHF3", torch.zeros(points, horizons, bins * FINE_PER_BIN, 3, dtype=f64), "sum")
+        # A rank that saw no batch holds INVALID (-1) everywhere, hence "max".
+        self.add_state("kind_PH", torch.full((points, horizons), INVALID), "max")
+
+    def update(
+        self, p_BTPHE: Tensor, experts_BTPHK: Tensor, valid_BTPH: Tensor, kind_PH: Tensor, domain_B: Tensor
+    ) -> None:
+        """Add one batch (see ``specgate.traces.batch.targets`` for the last four arguments).
+
+        Raises:
+            ValueError: if shapes differ from the metric's, a probability lies outside [0, 1] or is NaN, or a
+                domain is unknown.
+        """
+        self.kind_PH = torch.maximum(self.kind_PH, kind_PH.to(self.kind_PH.device))
+        for p_ME, used_MK, group_M in self._events(p_BTPHE, experts_BTPHK, valid_BTPH, domain_B):
+            self._add(p_ME, used_MK, group_M)
+
+    def _events(
+        self, p_BTPHE: Tensor, experts_BTPHK: Tensor, valid_BTPH: Tensor, domain_B: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The valid events in bounded chunks: probabilities, used experts, flat index of (domain, point,
+        horizon).
+        """
+        points = self.layers + 1
+        expected = (*valid_BTPH.shape[:2], points, self.horizons, self.experts)
+        if tuple(p_BTPHE.shape) != expected or tuple(experts_BTPHK.shape) != (*expected[:4], self.top_k):
+            raise ValueError(
+                f"forecast {tuple(p_BTPHE.shape)} and targets {tuple(experts_BTPHK.shape)} do not fit "
+                f"[B, T, P={points}, H={self.horizons}, E={self.experts} | K={self.top_k}]"
+            )
+        if domain_B.numel() and not 0 <= int(domain_B.min()) <= int(domain_B.max()) < len(self.domains):
+            raise ValueError(f"a domain id lies outside the {len(self.domains)} domains of this metric")
+        where = valid_BTPH.nonzero()
+        step = max(1, _CHUNK_CELLS // self.experts)
+        for chunk in where.split(step):
+            b, t, p, h = chunk.unbind(1)
+            p_ME = p_BTPHE[b, t, p, h].float()
+            low, high = p_ME.aminmax() if p_ME.numel() else (p_ME.new_zeros(()), p_ME.new_zeros(()))
+            if not (low >= 0 and high <= 1 + 1e-5):  # written so that NaN fails
+                raise ValueError(f"forecast probabilities span [{float(low)}, {float(high)}], not [0, 1]")
+            group_M = (domain_B[b] * points + p) * self.horizons + h
+            yield p_ME.clamp(max=1.0), experts_BTPHK[b, t, p, h], group_M
+
+    def _add(self, p_ME: Tensor, used_MK: Tensor, group_M: Tensor) -> None:
+        groups, cells = len(self.domains), (self.layers + 1) * self.horizons
+        coarse = calibration_bins(p_ME, used_MK, group_M, groups * cells, self.bins)
+        self.bins_GPHC3 += coarse.view_as(self.bins_GPHC3)
+        fine = calibration_bins(p_ME, used_MK, group_M % cells, cells, self.bins * FINE_PER_BIN)
+        self.fine_PHF3 += fine.view_as(self.fine_PHF3)
+
+    def _slices(self) -> Iterator[tuple[str, int, list[int]]]:
+        """Every (kind, horizon) with events: kind's name, horizon index, its source points."""
+        for kind, name in KINDS.items():
+            for h0 in range(self.horizons):
+                points = [p for p in range(self.layers + 1) if int(self.kind_PH[p, h0]) == kind]
+                if points and float(self.fine_PHF3[points, h0, :, 0].sum()) > 0:
+                    yield name, h0 + 1, points
+
+    def _calibration(self, horizon: int, points: list[int]) -> dict[str, Any]:
+        bins_C3 = self.bins_GPHC3[:, points, horizon - 1].sum((0, 1))
+        fine_F3 = self.fine_PHF3[points, horizon - 1].sum(0)
+        curve = threshold_curve(fine_F3, THRESHOLDS)
+        half = THRESHOLDS // 2
+        cells, mass, used = bins_C3.unbind(-1)
+        return {
+            "ece": _plain(calibration_error(bins_C3)),
+            "ece_equal_mass": _plain(equal_mass_error(fine_F3, self.bins)),
+            "precision_at_half": _plain(curve["precision"][half]),
+            "recall_at_half": _plain(curve["recall"][half]),
+            "reliability": {
+                "cells": [int(value) for value in cells.tolist()],
+                "mean_p": [_plain(value) for value in mass / cells],
+                "used": [_plain(value) for value in used / cells],
+            },
+            "thresholds": {name: [_plain(value) for value in values] for name, values in curve.items()},
+        }
+
+    def compute(self) -> dict[str, dict[int, dict[str, Any]]]:
+        """``{kind: {horizon: row}}``; a row has ``ece``, ``ece_equal_mass``, ``precision_at_half``,
+        ``recall_at_half``, ``reliability`` (columns per bin) and ``thresholds`` (columns per threshold).
+
+        Only kinds and horizons with at least one event appear. ``None`` stands for "undefined" (no such
+        cell).
+        """
+        result: dict[str, dict[int, dict[str, Any]]] = {}
+        for kind, horizon, points in self._slices():
+            result.setdefault(kind, {})[horizon] = self._calibration(horizon, points)
+        return result
+
+
+class RoutingMetrics(CalibrationMetrics):
+    """All scores of a forecast (definitions: :mod:`specgate.metrics.functional`), arguments as the
+    parent's."""
+
+    sums_GPHJ: Tensor
+
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        top_k: int,
+        horizons: int,
+        domains: Sequence[str] = ("all",),
+        bins: int = 20,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(layers, experts, top_k, horizons, domains, bins, **kwargs)
+        shape = (len(self.domains), layers + 1, horizons, len(SCORES))
+        self.add_state("sums_GPHJ", torch.zeros(shape, dtype=torch.float64), "sum")
+
+    def _add(self, p_ME: Tensor, used_MK: Tensor, group_M: Tensor) -> None:
+        super()._add(p_ME, used_MK, group_M)
+        self.sums_GPHJ.view(-1, len(SCORES)).index_add_(0, group_M, event_scores(p_ME, used_MK))
+
+    @staticmethod
+    def _means(sums_J: Tensor, bins_C3: Tensor) -> dict[str, Any]:
+        events = float(sums_J[0])
+        scores: dict[str, Any] = {"n": int(events)}
+        scores |= {name: _plain(sums_J[j] / events) for j, name in enumerate(SCORES) if j}
+        scores["mean_accuracy"] = scores["recall_at_k"]
+        scores["ece"] = _plain(calibration_error(bins_C3))
+        return scores
+
+    def _target(self, point: int, horizon: int, kind: str) -> dict[str, Any]:
+        """What a source point sees from which layer: -1 stands for "before the first MoE layer"."""
+        target = point - 1 + horizon
+        return {"source_layer": point - 1, "target_layer": target - self.layers * (kind == KINDS[WRAPPED])}
+
+    def compute(self) -> dict[str, dict[int, dict[str, Any]]]:
+        """The parent's result with ``n``, every score, ``per_layer`` and ``per_domain`` added.
+
+        ``per_layer`` holds columns (``source_layer``, ``target_layer``, ``n`` and the scores), one entry per
+        source point with events; ``per_domain`` maps each domain's name to its scores.
+        """
+        result = super().compute()
+        for kind, horizon, points in self._slices():
+            sums_GPJ, bins_GPC3 = (
+                self.sums_GPHJ[:, points, horizon - 1],
+                self.bins_GPHC3[:, points, horizon - 1],
+            )
+            layers = [
+                self._target(point, horizon, kind)
+                | self._means(sums_GPJ[:, i].sum(0), bins_GPC3[:, i].sum(0))
+                for i, point in enumerate(points)
+                if float(sums_GPJ[:, i, 0].sum()) > 0
+            ]
+            domains = {
+                name: self._means(sums_GPJ[g].sum(0), bins_GPC3[g].sum(0))
+                for g, name in enumerate(self.domains)
+                if float(sums_GPJ[g, :, 0].sum()) > 0
+            }
+            overall = self._means(sums_GPJ.sum((0, 1)), bins_GPC3.sum((0, 1)))
+            columns = {name: [layer[name] for layer in layers] for name in layers[0]}
+            result[kind][horizon] = (
+                overall | result[kind][horizon] | {"per_layer": columns, "per_domain": domains}
+            )
+        return result
+
+    def recall(self, kind: int = WITHIN) -> Tensor:
+        """Mean recall@K per horizon of one kind, ``[H]`` float64 (NaN without events); cheap to log."""
+        sums_PHJ = self.sums_GPHJ.sum(0) * (self.kind_PH == kind)[..., None]
+        return sums_PHJ[..., SCORES.index("recall_at_k")].sum(0) / sums_PHJ[..., 0].sum(0)
