@@ -28,7 +28,7 @@ _PUBLIC = {
     "load_predictor": "specgate.calibration.load",
 }
 
-__all__ = ["__version__", *sorted(_PUBLIC)]  # noqa: PLE0604 (the names are strings)
+__all__ = ["__version__", *sorted(_PUBLIC)]
 
 if TYPE_CHECKING:
     from specgate.calibration.load import load_predictor as load_predictor
