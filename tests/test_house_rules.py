@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-#: Data flows from left to right, and a package imports only from those to its left; the rest of specgate/ (errors,
-#: forecast, metrics) is open to all.
+#: Data flows from left to right, and a package imports only from those to its left; the rest of specgate/
+#: (errors, forecast, metrics) is open to all.
 ORDER = ("moe", "traces", "predictors", "calibration", "policy", "runtime", "report")
 #: Collecting is the one step that writes what lies to its right.
 ALLOWED = {("moe", "traces")}
