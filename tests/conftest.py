@@ -1,0 +1,59 @@
+"""What all tests share: one thread, no network, tiny hosts and tiny traces made by the real recorder."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_olmoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of an OLMoE with random weights (4 MoE layers, 8 experts, top-2)."""
+    from tests.tiny import save_olmoe
+
+    return save_olmoe(tmp_path_factory.mktemp("tiny_olmoe"))
+
+
+@pytest.fixture(scope="session")
+def tiny_switch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a Switch Transformer with random weights (3 MoE layers per stack, 4 experts)."""
+    from tests.tiny import save_switch
+
+    return save_switch(tmp_path_factory.mktemp("tiny_switch"))
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of small texts in two domains."""
+    from tests.tiny import save_text
+
+    return save_text(tmp_path_factory.mktemp("tiny_text"))
