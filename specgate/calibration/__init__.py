@@ -1,0 +1,3 @@
+"""Honest probabilities: temperature scaling, confidence decay over horizons, loading a calibrated
+checkpoint.
+"""

@@ -1,0 +1,3 @@
+"""What a person reads: rows of metrics, tables, plots, one HTML page. Everything is made from
+metrics.json.
+"""
