@@ -294,12 +294,13 @@ class TraceHeader:
                 f"Document {document.name!r} has split {document.split!r}; choose one of "
                 f"{', '.join(SPLITS)}.",
             )
-        seen: dict[str, str | None] = {}
+        seen: set[str] = set()
         for document in self.documents:
             _require(
-                seen.setdefault(document.name, document.split) == document.split,
-                f"Document {document.name!r} occurs in two splits; give both occurrences the same split.",
+                document.name not in seen,
+                f"Document {document.name!r} is listed twice; give every document a name of its own.",
             )
+            seen.add(document.name)
         for shard in self.shards:
             _require(
                 set(shard.tokens) == set(self.stacks) == set(shard.sequences),
