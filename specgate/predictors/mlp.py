@@ -1,0 +1,116 @@
+"""A wide MLP per source point that foresees all horizons at once.
+
+Letters: B sequences, T tokens, N = B * T tokens flat, L MoE layers, P = L + 1 source points, H horizons, E experts,
+D hidden size, F features, W width.
+
+In the spirit of the per-layer predictors of Pre-gated MoE (Hwang et al., 2024, arXiv:2308.12066) and of the multi-head
+MLP predictors that followed; here all layers' weights lie in one tensor and run as one batched product.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from specgate.predictors.base import Predictor
+from specgate.predictors.features import PointFeatures
+from specgate.traces.batch import RoutingBatch
+
+
+class PointLinear(nn.Module):
+    """One linear map per source point, all in one batched product.
+
+    Shapes:
+        forward: ``[P, N, in]`` -> ``[P, N, out]``.
+    """
+
+    def __init__(
+        self, points: int, size_in: int, size_out: int, zero: bool = False, bias: float = 0.0
+    ) -> None:
+        super().__init__()
+        bound = 0.0 if zero else 1 / math.sqrt(size_in)
+        self.weight = nn.Parameter(torch.empty(points, size_in, size_out).uniform_(-bound, bound))
+        self.bias_P1 = nn.Parameter(torch.full((points, size_out), bias))
+
+    def forward(self, x_PNF: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias_P1[:, None], x_PNF, self.weight)
+
+
+class PointMLP(nn.Module):
+    """Features -> logits: ``[B, T, P, F] -> [B, T, P, H, E]``; GELU, a residual second layer, dropout."""
+
+    def __init__(
+        self,
+        points: int,
+        size: int,
+        width: int,
+        depth: int,
+        horizons: int,
+        experts: int,
+        dropout: float,
+        bias: float,
+    ) -> None:
+        super().__init__()
+        self.horizons, self.experts = horizons, experts
+        self.drop = nn.Dropout(dropout)
+        self.first = PointLinear(points, size, width)
+        self.more = nn.ModuleList([PointLinear(points, width, width) for _ in range(depth - 1)])
+        self.last = PointLinear(points, width, horizons * experts, zero=True, bias=bias)
+
+    def forward(self, x_BTPF: Tensor) -> Tensor:
+        B, T, P, F = x_BTPF.shape
+        x_PNF = x_BTPF.flatten(0, 1).transpose(0, 1)
+        y_PNW = nn.functional.gelu(self.first(x_PNF))
+        for layer in self.more:
+            y_PNW = y_PNW + nn.functional.gelu(layer(self.drop(y_PNW)))
+        out = self.last(self.drop(y_PNW))
+        return out.transpose(0, 1).reshape(B, T, P, self.horizons, self.experts)
+
+
+class MLP(Predictor):
+    """The ``mlp`` predictor.
+
+    Args:
+        width: units per hidden layer. depth: hidden layers. dropout: on the hidden units.
+        token_dim, state_dim, decays: see :class:`PointFeatures`.
+
+    Shapes:
+        forward: ``RoutingBatch`` -> logits ``[B, T, P, H, E]``.
+    """
+
+    name: ClassVar[str] = "mlp"
+
+    def __init__(
+        self,
+        *,
+        width: int = 256,
+        depth: int = 1,
+        dropout: float = 0.1,
+        token_dim: int = 48,
+        state_dim: int = 64,
+        decays: list[float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(**kwargs)  # type: ignore[arg-type]
+        self.features = PointFeatures(
+            layers=self.layers,
+            experts=self.experts,
+            vocab_size=self.vocab_size,
+            horizons=self.lookahead,
+            phase=self.phase,
+            hidden_size=self.hidden_size,
+            token_dim=token_dim,
+            state_dim=state_dim,
+            decays=[0.7, 0.95] if decays is None else [float(a) for a in decays],
+        )
+        prior = self.top_k / self.experts
+        bias = math.log(prior) if self.top_k == 1 else math.log(prior / (1 - prior))
+        self.head = PointMLP(
+            self.layers + 1, self.features.size, width, depth, self.lookahead, self.experts, dropout, bias
+        )
+
+    def forward(self, batch: RoutingBatch) -> Tensor:
+        return self.head(self.features(batch))
