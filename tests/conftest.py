@@ -57,3 +57,33 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import save_text
 
     return save_text(tmp_path_factory.mktemp("tiny_text"))
+
+
+@pytest.fixture(scope="session")
+def tiny_traces(
+    tiny_olmoe: Path, tiny_switch: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Traces of the tiny hosts, made by the real recorder: ``{olmoe,switch}`` and ``{olmoe,switch}_decode``.
+
+    Prefill traces have 96 sequences of 32 tokens, decode traces 40 of 24; all keep fp16 hidden states.
+    """
+    from rich.console import Console
+
+    from specgate.moe.batches import Settings
+    from specgate.moe.collection import collect
+    from specgate.moe.hosts import load_host
+    from specgate.moe.text import load_documents
+
+    folder = tmp_path_factory.mktemp("tiny_traces")
+    documents = load_documents(tiny_text)
+    prefill = Settings(phase="prefill", sequences=96, length=32, batch_size=16, shard_sequences=48)
+    decode = Settings(
+        phase="decode", sequences=40, length=24, prompt_length=16, batch_size=20, shard_sequences=20
+    )
+    traces = {}
+    for name, path in (("olmoe", tiny_olmoe), ("switch", tiny_switch)):
+        host = load_host(str(path), device="cpu")
+        for suffix, settings in (("", prefill), ("_decode", decode)):
+            out = traces[name + suffix] = folder / (name + suffix)
+            collect(host, documents, settings, out, Console(quiet=True))
+    return traces

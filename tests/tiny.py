@@ -58,7 +58,7 @@ def save_olmoe(folder: Path) -> Path:
 
 
 def save_switch(folder: Path) -> Path:
-    """A Switch Transformer with random weights: L 3 in each stack, E 4, K 1, D 32; its capacity drops tokens."""
+    """A Switch Transformer of random weights: L 3 per stack, E 4, K 1, D 32; its capacity drops tokens."""
     vocabulary = save_tokenizer(folder)
     torch.manual_seed(0)
     config = SwitchTransformersConfig(
