@@ -1,4 +1,4 @@
-"""The demo: its plumbing, with entry points that only say that they ran; the real ones have their own tests."""
+"""The demo: its plumbing, with entry points that do nothing but say that they ran."""
 
 from __future__ import annotations
 
