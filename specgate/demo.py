@@ -109,10 +109,10 @@ def plan(output: Path, hosts: Sequence[Host] = HOSTS, extra: Sequence[str] = ())
             step(train, "train.py", "experiment=demo", f"data={host.data}", *extra, needs=(collect,))
         )
     trained = tuple(f"train-{host.name}" for host in hosts)
-    checkpoints = ",".join(str(output / name / "model.ckpt") for name in trained)
-    steps.append(
-        step("benchmark", "benchmark.py", "mode=accuracy", f"checkpoints=[{checkpoints}]", needs=trained)
-    )
+    data_sets = ",".join(host.data for host in hosts)
+    runs = ",".join(str(output / name) for name in trained)
+    compared = ("mode=accuracy", f"data=[{data_sets}]", f"checkpoints=[{runs}]")
+    steps.append(step("benchmark", "benchmark.py", *compared, needs=trained))
     return steps
 
 

@@ -63,8 +63,8 @@ OPTIONS = list(options())
 
 def composed(folder: Path, entry: str, overrides: list[str], output: Path) -> DictConfig:
     """The configuration as an entry point sees it, with a run folder, every interpolation resolved."""
-    for name in ENTRIES[CONF] if folder == CONF else ():
-        importlib.import_module(name)  # registers the resolvers that its configuration uses
+    if folder == CONF:
+        importlib.import_module(entry)  # registers the resolvers that its configuration uses
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir=str(folder), version_base="1.3"):
         cfg = compose(entry, overrides=overrides, return_hydra_config=True)

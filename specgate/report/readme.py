@@ -30,7 +30,6 @@ IMAGES = Path("docs") / "images"
 
 def trimmed(record: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a demo's metrics.json: rows without their curves, steps, machine, versions."""
-    rows = [{k: v for k, v in row.items() if not isinstance(v, dict | list)} for row in record["rows"]]
     keys = (
         "schema_version",
         "entry",
@@ -42,7 +41,13 @@ def trimmed(record: Mapping[str, Any]) -> dict[str, Any]:
         "seconds",
         "steps",
     )
-    return {**{key: record[key] for key in keys}, "rows": rows}
+    rows = [{k: v for k, v in row.items() if not isinstance(v, dict | list)} for row in record["rows"]]
+    return {**{key: record[key] for key in keys}, "pictures": shown(record), "rows": rows}
+
+
+def shown(record: Mapping[str, Any]) -> list[str]:
+    """The pictures that the README shows: accuracy against horizon, one per trace."""
+    return [picture for picture in record["pictures"] if Path(picture).stem.endswith("-accuracy")]
 
 
 def demo_part(record: Mapping[str, Any]) -> str:
@@ -108,7 +113,7 @@ def take_over(run: Path, root: Path = ROOT) -> None:
         raise SpecgateError(f"{run} is a run of {record['entry']}: give the output folder of make demo")
     write_json(root / KEPT, trimmed(record))
     (root / IMAGES).mkdir(parents=True, exist_ok=True)
-    for picture in record["pictures"]:
+    for picture in shown(record):
         shutil.copyfile(run / picture, root / IMAGES / Path(picture).name)
 
 
