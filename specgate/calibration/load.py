@@ -21,14 +21,14 @@ from specgate.predictors.base import Predictor
 from specgate.predictors.registry import predictor_class
 from specgate.traces.batch import StackSpec
 
-_PREFERRED = ("predictor.ckpt", "calibrated.ckpt", "best.ckpt")
+_PREFERRED = ("model.ckpt", "predictor.ckpt", "best.ckpt")
 _CALIBRATOR = "calibrator."
 
 
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint file that ``path`` means: itself, or the one of a run's directory.
 
-    In a directory ``predictor.ckpt``, ``calibrated.ckpt`` and ``best.ckpt`` are looked for in this order, at
+    In a directory ``model.ckpt``, ``predictor.ckpt`` and ``best.ckpt`` are looked for in this order, at
     any depth; without them it must hold exactly one ``.ckpt`` besides ``last.ckpt``.
 
     Raises:

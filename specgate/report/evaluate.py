@@ -7,6 +7,7 @@ Letters: B sequences, T tokens, P source points, H horizons, E experts per layer
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
@@ -21,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from specgate.calibration.fit import forecast_stream, link_of
 from specgate.calibration.temperature import TemperatureScaling
@@ -152,6 +154,11 @@ def labels_of(data: RoutingDataModule, trace: str | None = None, split: str = "t
     }
 
 
+def open_split(data: RoutingDataModule, split: str) -> DataLoader[RoutingBatch]:
+    """The loader of ``test`` (the locked split) or ``validation``."""
+    return data.test_dataloader() if split == "test" else data.val_dataloader()
+
+
 def evaluate_data(
     predictor: Predictor,
     data: RoutingDataModule,
@@ -162,14 +169,16 @@ def evaluate_data(
     device: torch.device | str | None = None,
     bins: int = 20,
     progress: bool = True,
+    batches: Iterable[RoutingBatch] | None = None,
 ) -> list[dict[str, Any]]:
     """:func:`evaluate` on one split of a data module; ``split="test"`` opens the locked one.
 
     Args:
+        batches: the split's loader, if it is open already.
         trace: name of the trace in the rows; default, directory/stack/phase.
         name: name of the predictor in the rows; default, ``predictor.name``.
     """
-    batches = data.test_dataloader() if split == "test" else data.val_dataloader()
+    batches = batches if batches is not None else open_split(data, split)
     labels = labels_of(data, trace, split) | {"predictor": name or predictor.name}
     return evaluate(
         predictor,
@@ -193,5 +202,5 @@ def _with_progress(batches: Iterable[RoutingBatch], description: str, show: bool
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, transient=True, disable=not show) as bar:
+    with Progress(*columns, transient=True, disable=not (show and sys.stdout.isatty())) as bar:
         yield from bar.track(batches, total=total, description=description)

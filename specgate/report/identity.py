@@ -6,10 +6,12 @@ Letters: N tokens, L MoE layers, E experts per layer, K experts per token.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from specgate.traces.batch import RoutingBatch, StackSpec
 from specgate.traces.datamodule import RoutingDataModule
 from specgate.traces.schema import PHASES, SPLITS
 
@@ -54,17 +56,16 @@ def trace_identity(data: RoutingDataModule, name: str) -> dict[str, Any]:
     }
 
 
-def expert_load(data: RoutingDataModule, split: str = "test") -> dict[str, Any]:
-    """How often each expert is used, and how skewed that is.
+def expert_load(spec: StackSpec, batches: Iterable[RoutingBatch]) -> dict[str, Any]:
+    """How often each expert is used in the scored tokens of ``batches``, and how skewed that is.
 
     Returns:
         ``share``: L lists of E shares of all uses in that layer (they sum to 1); ``entropy``: L normalised
         entropies (1 = all experts equally often); ``hot_quarter``: L shares of uses that fall on the busiest
         quarter of experts.
     """
-    spec = data.spec
     count_LE = torch.zeros(spec.layers, spec.experts, dtype=torch.float64)
-    for batch in data.test_dataloader() if split == "test" else data.val_dataloader():
+    for batch in batches:
         experts_NLK = batch.experts_BTLK[batch.mask_BT]
         for layer in range(spec.layers):
             count_LE[layer] += torch.bincount(experts_NLK[:, layer].flatten(), minlength=spec.experts)

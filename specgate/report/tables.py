@@ -123,41 +123,45 @@ def _join(horizons: Sequence[int]) -> str:
 
 
 def summary_table(rows: Sequence[Row]) -> Table:
-    """recall@K and ECE of every predictor on every trace, within the token: one row per trace and
-    predictor.
-    """
+    """recall@K and ECE of every predictor on every trace: one row per trace, kind of target and predictor."""
     horizons = _horizons(rows)
     table = Table(
-        "recall@K (%) and calibration error after scaling, same token",
-        ["trace", "predictor"]
-        + [f"recall@K {horizon_name(h)}" for h in horizons]
+        "recall@K in % and calibration error (ECE) after scaling, by MoE layers ahead",
+        ["trace", "target", "predictor"]
+        + [f"{horizon_name(h)} %" for h in horizons]
         + [f"ECE {horizon_name(h)}" for h in horizons],
-        left=2,
+        left=3,
     )
     marks, notes = _marks(rows)
     for trace in traces_of(rows):
-        mine = select(rows, trace=trace, kind="within")
-        if not mine:
-            continue
-        table.sections.add(len(table.rows))
-        chance = mine[0]["top_k"] / mine[0]["experts"]
-        table.rows.append(
-            [trace_title(mine[0]), "chance (K/E)"] + [percent(chance)] * len(horizons) + [""] * len(horizons)
-        )
-        for name in ranked(mine):
-            of = {row["horizon"]: row for row in select(mine, predictor=name)}
-            if name == main_predictor(mine):
-                table.strong.add(len(table.rows))
-            table.rows.append(
-                ["", name + marks.get(name, "")]
-                + [percent(of[h]["recall_at_k"]) if h in of else "–" for h in horizons]
-                + [number(of[h]["ece"]) if h in of else "–" for h in horizons]
-            )
+        mine = select(rows, trace=trace)
+        chance = percent(mine[0]["top_k"] / mine[0]["experts"])
+        for i, kind in enumerate(kinds_of(mine)):
+            table.sections.add(len(table.rows))
+            title = "" if i else trace_title(mine[0])
+            blank = [""] * len(horizons)
+            table.rows.append([title, KIND_TITLES[kind], "chance (K/E)", *[chance] * len(horizons), *blank])
+            of_kind = select(mine, kind=kind)
+            for name in ranked(of_kind):
+                of = {row["horizon"]: row for row in select(of_kind, predictor=name)}
+                if name == main_predictor(mine):
+                    table.strong.add(len(table.rows))
+                table.rows.append(
+                    ["", "", name + marks.get(name, "")]
+                    + [percent(of[h]["recall_at_k"]) if h in of else "–" for h in horizons]
+                    + [number(of[h]["ece"]) if h in of else "–" for h in horizons]
+                )
     table.notes = [
         "recall@K: share of the K experts used that are among the K most probable. The oracle knows them.",
+        *[KIND_NOTES[kind] for kind in kinds_of(rows)],
         *notes,
     ]
     return table
+
+
+def accuracy_table(rows: Sequence[Row]) -> rich.table.Table:
+    """:func:`summary_table` for the terminal."""
+    return summary_table(rows).to_rich()
 
 
 def detail_table(rows: Sequence[Row], trace: str) -> Table:

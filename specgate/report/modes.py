@@ -1,0 +1,65 @@
+"""The modes of benchmark.py, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from specgate.errors import ConfigError
+from specgate.report.accuracy import AccuracySettings, compare
+from specgate.traces.datamodule import RoutingDataModule
+
+Mode = Callable[[Any, Mapping[str, RoutingDataModule], Any, Console], dict[str, Any]]
+
+
+def accuracy(
+    cfg: DictConfig, traces: Mapping[str, RoutingDataModule], fitter: Any, console: Console
+) -> dict[str, Any]:
+    """How well routing is foreseen (``specgate.report.accuracy``)."""
+    values: Any = OmegaConf.to_container(cfg.accuracy, resolve=True)
+    return compare(AccuracySettings(**values), traces, fitter, console)
+
+
+MODES: dict[str, Mode] = {"accuracy": accuracy}
+
+
+def run_mode(
+    name: str, cfg: DictConfig, traces: Mapping[str, RoutingDataModule], fitter: Any, console: Console
+) -> dict[str, Any]:
+    """Run one mode; returns the content of metrics.json.
+
+    Raises:
+        ConfigError: for an unknown mode.
+    """
+    if name not in MODES:
+        raise ConfigError(f"mode={name} is unknown: choose one of {', '.join(MODES)}")
+    return MODES[name](cfg, traces, fitter, console)
+
+
+def chosen(group: str, overrides: Sequence[str], config: Path) -> list[str]:
+    """Which options of a group that takes lists are chosen (Hydra itself remembers single choices only).
+
+    Args:
+        overrides: of the command line; the last one for the group counts.
+        config: the primary YAML file, whose defaults list says what holds otherwise.
+
+    Raises:
+        ConfigError: if nothing is chosen.
+    """
+    primary: Any = OmegaConf.to_container(OmegaConf.load(config))
+    listed = [
+        default[group] for default in primary["defaults"] if isinstance(default, dict) and group in default
+    ]
+    value: Any = listed[-1] if listed else None
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.key_or_group == group and not override.is_delete():
+            value = override.value()
+    names = [str(name) for name in value] if isinstance(value, list) else [str(value)] if value else []
+    if not names:
+        raise ConfigError(f"{group} names nothing: choose one or several of conf/{group}, e.g. {group}=[a,b]")
+    return names

@@ -1,0 +1,55 @@
+"""Everything a person reads of one run: tables in the terminal and in a file, pictures, one HTML page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from specgate.report.html import write_page
+from specgate.report.plots import draw_all
+from specgate.report.style import traces_of
+from specgate.report.tables import (
+    Table,
+    calibration_table,
+    detail_table,
+    domain_table,
+    summary_table,
+    trace_table,
+)
+
+
+def tables_of(record: Mapping[str, Any]) -> list[Table]:
+    """Every table of a record, most important first."""
+    rows = record["rows"]
+    tables = [summary_table(rows)]
+    if record.get("traces"):
+        tables.append(trace_table(record["traces"], record.get("load", {})))
+    for trace in traces_of(rows):
+        tables += [detail_table(rows, trace), calibration_table(rows, trace), domain_table(rows, trace)]
+    return tables
+
+
+def publish(record: Mapping[str, Any], directory: str | Path, console: Console | None = None) -> Path:
+    """Write ``plots/*.png``, ``tables.md`` and ``report.html`` into ``directory`` and print the main tables.
+
+    Args:
+        record: content of a metrics.json with rows.
+        console: where to print; default, nowhere.
+
+    Returns:
+        Path of the HTML page.
+    """
+    directory = Path(directory)
+    pictures = draw_all(record, directory / "plots")
+    tables = tables_of(record)
+    text = "\n\n".join(f"**{table.title}**\n\n{table.to_markdown()}" for table in tables)
+    (directory / "tables.md").write_text(text + "\n", encoding="utf-8")
+    page = write_page(record, pictures, directory / "report.html")
+    if console is not None:
+        console.print(tables[0].to_rich())
+        for trace in traces_of(record["rows"]):
+            console.print(calibration_table(record["rows"], trace).to_rich())
+    return page

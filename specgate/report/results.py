@@ -1,0 +1,167 @@
+"""docs/RESULTS.md, made from metrics.json files: ``python -m specgate.report.results outputs/... --out
+docs/RESULTS.md``.
+
+Each given run is stored, without its curves, as ``results/<name>.json`` beside the page; the page is then
+made from everything stored there and nothing else, so that anyone can make it again and get the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from specgate.errors import SpecgateError
+from specgate.report.record import describe_hardware, read_record, write_json
+from specgate.report.style import slug, traces_of
+from specgate.report.tables import calibration_table, detail_table, summary_table, trace_table
+from specgate.report.verdict import verdict
+
+DROPPED = ("thresholds", "reliability", "reliability_uncalibrated", "per_layer")
+KEPT = (
+    "schema_version",
+    "entry",
+    "mode",
+    "command",
+    "started",
+    "wall_seconds",
+    "git",
+    "hardware",
+    "versions",
+    "split",
+    "traces",
+    "rows",
+    "calibration",
+    "load",
+    "skipped",
+)
+HEAD = """# Results
+
+Made by `python -m specgate.report.results`; do not edit. Every number comes from the JSON files in
+[`results/`](results/), each the metrics.json of one run. All documents scored are from locked test splits
+unless a heading says otherwise; probabilities were scaled on validation documents.
+"""
+
+
+def slim(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What the repository keeps of a record: no curves, no per-layer columns, no configuration with local
+    paths.
+    """
+    kept = {key: record[key] for key in KEPT if key in record}
+    kept["rows"] = [{k: v for k, v in row.items() if k not in DROPPED} for row in record["rows"]]
+    if "load" in kept:
+        kept["load"] = {
+            name: {k: v for k, v in load.items() if k != "share"} for name, load in kept["load"].items()
+        }
+    return kept
+
+
+def default_name(record: Mapping[str, Any]) -> str:
+    """A file name that says what ran: ``benchmark-accuracy-switch_ref_encoder``."""
+    words = [Path(record["entry"]).stem, record.get("mode", ""), *traces_of(record["rows"])]
+    return slug("-".join(word for word in words if word))
+
+
+def store(run: str | Path, folder: Path, name: str | None = None) -> Path:
+    """Keep a run's record, slimmed, in ``folder`` and return the file.
+
+    Raises:
+        SpecgateError: if the run has no metrics.json or that has no rows.
+    """
+    record = read_record(run)
+    if not record.get("rows"):
+        raise SpecgateError(f"{run} measured no accuracy (no rows): give a run of benchmark.py mode=accuracy")
+    path = folder / f"{name or default_name(record)}.json"
+    write_json(path, slim(record))
+    return path
+
+
+def markdown(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page, from slim records by name (in their names' order)."""
+    parts = [HEAD]
+    for name in sorted(records):
+        parts += _section(name, records[name])
+    if not records:
+        parts.append("Nothing is stored yet.\n")
+    return "\n".join(parts)
+
+
+def _section(name: str, record: Mapping[str, Any]) -> list[str]:
+    rows, load = record["rows"], record.get("load", {})
+    split = record.get("split", "test")
+    parts = [f"## {name}" + ("" if split == "test" else f" ({split} split)"), "", *_origin(record), ""]
+    if record.get("traces"):
+        parts += [_titled(trace_table(record["traces"], load)), ""]
+    parts += [_titled(summary_table(rows)), ""]
+    for trace in traces_of(rows):
+        parts += [f"### {name}: {trace}", "", " ".join(verdict(rows, trace, load.get(trace))), ""]
+        parts += [_titled(detail_table(rows, trace)), "", _titled(calibration_table(rows, trace)), ""]
+    for left in record.get("skipped", []):
+        parts.append(f"- {left['predictor']} was left out of {left['trace']}: {left['reason']}.")
+    return [*parts, ""]
+
+
+def _titled(table: Any) -> str:
+    return f"**{table.title}**\n\n{table.to_markdown()}"
+
+
+def _origin(record: Mapping[str, Any]) -> list[str]:
+    git = record.get("git")
+    commit = (
+        "outside a repository"
+        if git is None
+        else git["commit"][:12] + (" with changes" if git["dirty"] else "")
+    )
+    lines = [
+        f"- command: `{record['command']}`",
+        f"- hardware: {describe_hardware(record['hardware'])}; {record['wall_seconds']:.0f} s",
+        f"- code: {commit}; " + ", ".join(f"{k} {v}" for k, v in record["versions"].items()),
+    ]
+    for trace in record.get("traces", []):
+        digests = ", ".join(digest[:16] for digest in trace["sha256"])
+        lines.append(f"- trace `{trace['name']}`: header sha256 {digests}")
+    return lines
+
+
+def make(out: Path, runs: Sequence[str] = (), name: str | None = None) -> Path:
+    """Store ``runs`` beside ``out`` and write the page.
+
+    Raises:
+        SpecgateError: if a run cannot be read, or ``name`` is given for more than one run.
+    """
+    if name is not None and len(runs) != 1:
+        raise SpecgateError(f"--name {name} is for one run, not {len(runs)}: give one run at a time")
+    folder = out.parent / "results"
+    for run in runs:
+        store(run, folder, name)
+    records = {path.stem: read_record(path) for path in sorted(folder.glob("*.json"))}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(markdown(records), encoding="utf-8")
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m specgate.report.results", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "runs", nargs="*", help="output directories or metrics.json files to add (none: make it again)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/RESULTS.md"), help="the page (docs/RESULTS.md)"
+    )
+    parser.add_argument("--name", help="name of the section and its file, for a single run")
+    options = parser.parse_args(arguments)
+    try:
+        print(make(options.out, options.runs, options.name))
+    except SpecgateError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
