@@ -187,8 +187,8 @@ def check_experts(experts_NLK: Array, experts: int, name: str) -> None:
     if low < 0 or high >= experts:
         t, layer, k = (int(i[0]) for i in np.nonzero((experts_NLK < 0) | (experts_NLK >= experts)))
         raise TraceError(
-            f"Stack {name!r} names expert {experts_NLK[t, layer, k]} at token {t}, layer {layer}, but has experts "
-            f"0 to {experts - 1}; raise the number of experts or check the layout [T, L, K]."
+            f"Stack {name!r} names expert {experts_NLK[t, layer, k]} at token {t}, layer {layer}, but has "
+            f"experts 0 to {experts - 1}; raise the number of experts or check the layout [T, L, K]."
         )
     if experts_NLK.shape[2] > 1:
         ranked = np.sort(experts_NLK, axis=2)

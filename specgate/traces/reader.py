@@ -95,8 +95,8 @@ class StackView:
 
         Args:
             field: one of :attr:`fields`.
-            token_index: integer array of any shape, tokens counted over the whole stack, 0 to ``num_tokens -
-            1``.
+            token_index: integer array of any shape, tokens counted over the whole stack, below
+                ``num_tokens``.
 
         Returns:
             array of shape ``token_index.shape + row``, in the stored type (hidden states stored as int8 come
@@ -127,7 +127,7 @@ class StackView:
             for s in touched.tolist():
                 here = np.nonzero(shard_of == s)[0]
                 rows[here] = self._take(s, field, flat[here])
-        return rows.reshape(*index.shape, *rows.shape[1:])
+        return rows.reshape((*index.shape, *rows.shape[1:]))
 
     def _quantised(self, field: str) -> bool:
         return field == "hidden" and self.info.hidden_dtype == "int8"

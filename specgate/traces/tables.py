@@ -4,8 +4,9 @@ Letters: N rows (tokens), L MoE layers, K experts per token, D hidden size.
 
 Columns: ``stack``, ``document``, ``domain``, ``split``, ``phase``, ``sequence``, ``position``, ``token_id``,
 and per MoE layer l (two digits or more) ``experts_l`` (list of K ids), ``weights_l`` (list of K float32),
-``dropped_l`` (bool) and, on request, ``hidden_l`` (list of D) with ``hidden_scale_l``. fp16 numbers are widened to
-float32, which loses nothing. The trace's header and plan travel in the file's metadata, and the routers in a file beside it.
+``dropped_l`` (bool) and, on request, ``hidden_l`` (list of D) with ``hidden_scale_l``. fp16 numbers are
+widened to float32, which loses nothing. The trace's header and plan travel in the file's metadata, and the
+routers in a file beside it.
 """
 
 from __future__ import annotations
