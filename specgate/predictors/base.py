@@ -1,12 +1,15 @@
-"""The predictor contract: a LightningModule from what a host has routed so far to logits over experts of later layers.
+"""The predictor contract: a LightningModule from what a host has routed so far to logits over experts of
+later layers.
 
-Letters: B sequences, T tokens, L MoE layers, P = L + 1 source points, H horizons, E experts per layer, K experts per token.
-Point p = 0 is "before the first MoE layer", p = l + 1 is "layer l's router input exists". Column h0 of H is horizon h0 + 1.
+Letters: B sequences, T tokens, L MoE layers, P = L + 1 source points, H horizons, E experts per layer, K
+experts per token. Point p = 0 is "before the first MoE layer", p = l + 1 is "layer l's router input exists".
+Column h0 of H is horizon h0 + 1.
 
 Entry (t, p, h) of the logits uses only what is known at (t, p):
 
 * decode: everything of tokens before t; of token t its id and the layers up to l = p - 1;
-* prefill (the stack runs layer by layer over all tokens): the ids of all tokens, and the layers up to l of tokens up to t.
+* prefill (the stack runs layer by layer over all tokens): the ids of all tokens, and the layers up to l of
+tokens up to t.
 
 Link: K = 1 -> softmax over experts; K > 1 -> independent sigmoids, logit 0 being the threshold of membership.
 """
@@ -14,7 +17,8 @@ Link: K = 1 -> softmax over experts; K > 1 -> independent sigmoids, logit 0 bein
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from dataclasses import fields, replace
+from typing import ClassVar
 
 import lightning as L
 import torch
@@ -27,11 +31,10 @@ from specgate.errors import ConfigError, SpecgateError, TraceError
 from specgate.forecast import Forecast
 from specgate.traces.batch import INVALID, WITHIN, RoutingBatch, kind_PH, targets
 
-Phase = Literal["prefill", "decode"]
-
 
 class LinkCalibrator(nn.Module):
-    """The calibrator of a predictor that was not calibrated yet: softmax (K = 1) or sigmoid (K > 1) of the raw logits."""
+    """The calibrator of a predictor that was not calibrated yet: softmax (K = 1) or sigmoid (K > 1) of the
+    raw logits."""
 
     def __init__(self, top_k: int) -> None:
         super().__init__()
@@ -46,13 +49,13 @@ class Predictor(L.LightningModule):
     """Base of every predictor. A subclass sets ``name`` and implements :meth:`forward`.
 
     Args:
-        layers, experts, top_k, vocab_size, phase, hidden_size: the fields of ``StackSpec`` (plain values, because a
-            checkpoint has to load with ``weights_only=True``).
+        layers, experts, top_k, vocab_size, phase, hidden_size: the fields of ``StackSpec`` (plain values,
+            because a checkpoint has to load with ``weights_only=True``).
         lookahead: number of horizons H.
         lr: peak learning rate of AdamW. weight_decay: applied to matrices only.
-        warmup: fraction of all steps with rising learning rate; then it follows half a cosine down to 2 % of the peak.
-        max_logits: above this many logits the loss works through the batch in chunks, recomputing them backwards.
-        predictor: the registry name, as stored in a checkpoint; must be the class's own.
+        warmup: fraction of all steps with rising learning rate; then it follows half a cosine down to 2 % of
+        the peak. max_logits: above this many logits the loss works through the batch in chunks, recomputing
+        them backwards. predictor: the registry name, as stored in a checkpoint; must be the class's own.
 
     Shapes:
         forward: ``RoutingBatch`` -> logits ``[B, T, P, H, E]``.
@@ -64,6 +67,7 @@ class Predictor(L.LightningModule):
     name: ClassVar[str] = ""
     learned: ClassVar[bool] = True
     needs_hidden: ClassVar[bool] = False
+    uses_routers: ClassVar[bool] = False
     kinds: Tensor
 
     def __init__(
@@ -118,16 +122,18 @@ class Predictor(L.LightningModule):
 
     @torch.no_grad()
     def predict_next_experts(self, state: RoutingBatch, layer: int | None = None) -> Forecast:
-        """Foresee N+1..N+H at once from the newest known point: the last token of ``state``, its layers up to ``layer``.
+        """Foresee N+1..N+H at once from the newest known point: the last token of ``state``, its layers up to
+        ``layer``.
 
         Args:
-            state: what has been routed so far. What it holds of the last token beyond ``layer`` is not looked at. Several
-                sequences are merged into "any of them needs the expert".
-            layer: the last MoE layer whose router input exists, -1 before the first; default, while decoding, the last
-                layer of the stack (the token is done).
+            state: what has been routed so far. What it holds of the last token beyond ``layer`` is not looked
+                at. Several sequences are merged into "any of them needs the expert".
+            layer: the last MoE layer whose router input exists, -1 before the first; default, while decoding,
+                the last layer of the stack (the token is done).
 
         Shapes:
-            output: a Forecast of up to H rows, nearest first (rows beyond what the phase allows are left out).
+            output: a Forecast of up to H rows, nearest first (rows beyond what the phase allows are left
+                out).
 
         Raises:
             SpecgateError: if nothing can be foreseen from there.
@@ -150,19 +156,20 @@ class Predictor(L.LightningModule):
     def predict_experts_at_layer(
         self, current_layer: int, target_layer: int, context_history: RoutingBatch
     ) -> Forecast:
-        """Foresee one layer from another; while decoding, a target before ``current_layer`` is the next token's.
+        """Foresee one layer from another; while decoding, a target before ``current_layer`` is the next
+        token's.
 
         Args:
-            current_layer: the last MoE layer whose router input exists for the last token, -1 before the first.
-            target_layer: the MoE layer to foresee.
+            current_layer: the last MoE layer whose router input exists for the last token, -1 before the
+            first. target_layer: the MoE layer to foresee.
             context_history: what has been routed so far; the last token is the current one.
 
         Shapes:
             output: a Forecast of one row.
 
         Raises:
-            SpecgateError: if the target cannot be foreseen: the current layer itself, a layer that prefill has passed,
-                or one further ahead than the predictor was trained for.
+            SpecgateError: if the target cannot be foreseen: the current layer itself, a layer that prefill
+                has passed, or one further ahead than the predictor was trained for.
         """
         self._check_layer("current_layer", current_layer, lowest=-1)
         self._check_layer("target_layer", target_layer, lowest=0)
@@ -172,14 +179,14 @@ class Predictor(L.LightningModule):
         if ahead < 0:
             if self.phase == "prefill":
                 raise SpecgateError(
-                    f"layer {target_layer} lies before layer {current_layer} and prefill does not come back to it:"
-                    " choose a later target_layer"
+                    f"layer {target_layer} lies before layer {current_layer} and prefill does not come back"
+                    " to it: choose a later target_layer"
                 )
             ahead += self.layers
         if ahead > self.lookahead:
             raise SpecgateError(
-                f"layer {target_layer} is {ahead} ahead of layer {current_layer}, the predictor foresees {self.lookahead}:"
-                f" train with lookahead={ahead}"
+                f"layer {target_layer} is {ahead} ahead of layer {current_layer}, the predictor foresees"
+                f" {self.lookahead}: train with lookahead={ahead}"
             )
         return self._forecast(context_history, current_layer, torch.tensor([ahead - 1]))
 
@@ -190,7 +197,8 @@ class Predictor(L.LightningModule):
             )
 
     def _forecast(self, state: RoutingBatch, layer: int, rows: Tensor) -> Forecast:
-        """The Forecast of horizon rows ``rows`` from ``layer`` at each sequence's last valid token, merged."""
+        """The Forecast of horizon rows ``rows`` from ``layer`` at each sequence's last valid token,
+        merged."""
         self.check_batch(state)
         if not bool(state.valid_BT.any(1).all()):
             raise SpecgateError("the state holds no token yet: pass at least the current token's id")
@@ -216,8 +224,8 @@ class Predictor(L.LightningModule):
         L_, K = batch.experts_BTLK.shape[2:]
         if (L_, K, batch.phase) != (self.layers, self.top_k, self.phase):
             raise TraceError(
-                f"the trace has L={L_} K={K} phase={batch.phase}, the predictor was made for L={self.layers} K={self.top_k}"
-                f" phase={self.phase}: choose the trace that it was trained on"
+                f"the trace has L={L_} K={K} phase={batch.phase}, the predictor was made for L={self.layers}"
+                f" K={self.top_k} phase={self.phase}: choose the trace that it was trained on"
             )
         if self.hidden_size is not None and batch.hidden_BTLD is None:
             raise TraceError(
@@ -228,10 +236,11 @@ class Predictor(L.LightningModule):
     # ------------------------------------------------------------------ loss and metrics
 
     def loss(self, logits_BTPHE: Tensor, experts_BTPHK: Tensor, valid_BTPH: Tensor) -> Tensor:
-        """Summed loss of the valid cells: cross entropy (K = 1) or binary cross entropy summed over experts (K > 1).
+        """Summed loss of the valid cells: cross entropy (K = 1) or binary cross entropy summed over experts
+        (K > 1).
 
-        Both are proper scoring rules and carry no class weights: up-weighting the K used experts of E would raise
-        every probability and spoil the calibration; ranking does not need it.
+        Both are proper scoring rules and carry no class weights: up-weighting the K used experts of E would
+        raise every probability and spoil the calibration; ranking does not need it.
         """
         logits_NE, experts_NK = logits_BTPHE[valid_BTPH], experts_BTPHK[valid_BTPH]
         if self.top_k == 1:
@@ -244,9 +253,9 @@ class Predictor(L.LightningModule):
         return used.gather(-1, logits_BTPHE.topk(self.top_k, dim=-1).indices).sum(-1)
 
     def _chunks(self, batch: RoutingBatch) -> list[RoutingBatch]:
-        """The batch, cut along B so that no chunk has more than ``max_logits`` logits (but at least one sequence)."""
-        B, T = batch.valid_BT.shape
-        per_sequence = T * (self.layers + 1) * self.lookahead * self.experts
+        """The batch, cut along B so that no chunk has more than ``max_logits`` logits (but at least one
+        sequence)."""
+        per_sequence = batch.valid_BT.shape[1] * (self.layers + 1) * self.lookahead * self.experts
         return batch_chunks(batch, max(1, self.max_logits // per_sequence))
 
     def _loss_of(self, batch: RoutingBatch) -> Tensor:
@@ -271,7 +280,8 @@ class Predictor(L.LightningModule):
 
     @torch.no_grad()
     def validation_step(self, batch: RoutingBatch, batch_idx: int) -> None:
-        """Log ``val/loss``, ``val/recall`` (all valid cells) and ``val/recall_n<h>`` (targets within the token)."""
+        """Log ``val/loss``, ``val/recall`` (all valid cells) and ``val/recall_n<h>`` (targets within the
+        token)."""
         if batch_idx == 0:
             self.check_batch(batch)
         within_PH = self.kinds == WITHIN
@@ -298,7 +308,8 @@ class Predictor(L.LightningModule):
     # ------------------------------------------------------------------ optimisation
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW and warm-up + cosine over all steps of the run (constant after warm-up if their number is unknown)."""
+        """AdamW and warm-up + cosine over all steps of the run (constant after warm-up if their number is
+        unknown)."""
         parameters = [p for p in self.parameters() if p.requires_grad]
         decayed = [p for p in parameters if p.dim() > 1]
         plain = [p for p in parameters if p.dim() <= 1]
@@ -316,7 +327,8 @@ class Predictor(L.LightningModule):
 
 
 class WarmupCosine:
-    """Learning-rate factor at a step: linear rise over the first ``warmup`` of ``steps``, then a cosine to ``floor``."""
+    """Learning-rate factor at a step: linear rise over the first ``warmup`` of ``steps``, then a cosine to
+    ``floor``."""
 
     def __init__(self, steps: float, warmup: float, floor: float = 0.02) -> None:
         self.steps, self.floor = steps, floor
@@ -336,8 +348,8 @@ def batch_chunks(batch: RoutingBatch, sequences: int) -> list[RoutingBatch]:
     B = batch.valid_BT.shape[0]
     if sequences >= B:
         return [batch]
-    values: dict[str, Any] = vars(batch)
+    names = [f.name for f in fields(batch) if isinstance(getattr(batch, f.name), Tensor)]
     return [
-        RoutingBatch(**{k: v[i : i + sequences] if isinstance(v, Tensor) else v for k, v in values.items()})
+        replace(batch, **{name: getattr(batch, name)[i : i + sequences] for name in names})
         for i in range(0, B, sequences)
     ]

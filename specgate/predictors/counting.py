@@ -1,12 +1,13 @@
-"""What the free predictors share: they are fitted by counting over the training windows once, without gradients.
+"""What the free predictors share: they are fitted by counting over the training windows once, without
+gradients.
 
-Letters: B sequences, T tokens, L MoE layers, P = L + 1 source points, H horizons, E experts per layer, K experts per token,
-C target columns (j < L is this token's layer j, j >= L the next token's layer j - L).
+Letters: B sequences, T tokens, L MoE layers, P = L + 1 source points, H horizons, E experts per layer, K
+experts per token, C target columns (j < L is this token's layer j, j >= L the next token's layer j - L).
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,10 +18,12 @@ from specgate.traces.batch import RoutingBatch
 
 
 class CountingPredictor(Predictor):
-    """Base of the free predictors. A subclass implements :meth:`count` and :meth:`forward`, and may implement :meth:`finish`.
+    """Base of the free predictors. A subclass implements :meth:`count` and :meth:`forward`, and may implement
+    :meth:`finish`.
 
-    One pass over the training windows (``python train.py`` runs one epoch and no optimizer); what is counted lies in
-    buffers and travels in the checkpoint. A learned predictor's hyperparameters (lr, ...) are accepted and unused.
+    One pass over the training windows (``python train.py`` runs one epoch and no optimizer); what is counted
+    lies in buffers and travels in the checkpoint. A learned predictor's hyperparameters (lr, ...) are
+    accepted and unused.
 
     Args:
         smoothing: pseudo-counts with which a frequency is drawn towards what is known without the condition.
@@ -31,8 +34,8 @@ class CountingPredictor(Predictor):
     popularity_LE: Tensor
     tokens_L: Tensor
 
-    def __init__(self, *, smoothing: float = 4.0, **kwargs: object) -> None:
-        super().__init__(**kwargs)  # type: ignore[arg-type]
+    def __init__(self, *, smoothing: float = 4.0, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         self.automatic_optimization = False
         self.smoothing = smoothing
         self.register_buffer("columns", column_PH(self.layers, self.lookahead), persistent=False)
@@ -94,7 +97,8 @@ class CountingPredictor(Predictor):
 
 
 def used_BTCE(batch: RoutingBatch, experts: int, columns: int) -> Tensor:
-    """0/1 use of each expert at target columns 0..columns-1, of this token and, from L on, of the next: float32.
+    """0/1 use of each expert at target columns 0..columns-1, of this token and, from L on, of the next:
+    float32.
 
     Columns of a next token that does not exist are zero; :func:`next_valid_BT` says which.
     """

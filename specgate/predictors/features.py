@@ -1,9 +1,11 @@
-"""What a learned predictor looks at, built so that entry (t, p) contains only what is known there (see base.py).
+"""What a learned predictor looks at, built so that entry (t, p) contains only what is known there (see
+base.py).
 
-Letters: B sequences, T tokens, N = B * T, L MoE layers, P = L + 1 source points, H horizons, E experts per layer,
-K experts per token, D hidden size, F features, V token ids.
+Letters: B sequences, T tokens, N = B * T, L MoE layers, P = L + 1 source points, H horizons, E experts per
+layer, K experts per token, D hidden size, F features, V token ids.
 
-Every block is a tensor ``[B, T, P, f]``. All scans over tokens are one multiplication with a ``[T, T]`` decay matrix.
+Every block is a tensor ``[B, T, P, f]``. All scans over tokens are one multiplication with a ``[T, T]`` decay
+matrix.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ from torch import Tensor, nn
 
 from specgate.traces.batch import RoutingBatch
 
-TOKEN_GAIN = 10.0
-"""Token embeddings are stored this much smaller than they are used: Adam then moves a rare id's embedding as many times
-faster, which it needs, being updated only in the few steps that contain it."""
+TOKEN_GAIN = 4.0
+"""Token embeddings are stored this much smaller than they are used: Adam then moves a rare id's embedding as
+many times faster, which it needs, being updated only in the few steps that contain it."""
 
 
 def multi_hot_BTLE(batch: RoutingBatch, experts: int, weighted: bool) -> Tensor:
-    """Use of each expert, 1 (or the router weight) where used, 0 elsewhere and on padding: ``[B, T, L, E]`` float32."""
+    """Use of each expert, 1 (or the router weight) where used, 0 elsewhere and on padding: ``[B, T, L, E]``
+    float32."""
     values_BTLK = (
         batch.weights_BTLK.float() if weighted else torch.ones_like(batch.weights_BTLK, dtype=torch.float32)
     )
@@ -52,16 +55,19 @@ def decayed(x: Tensor, decay: float) -> Tensor:
 
 
 def column_PH(layers: int, horizons: int, device: torch.device | None = None) -> Tensor:
-    """Target column of (point, horizon): j < L is this token's layer j, j >= L the next token's layer j - L."""
+    """Target column of (point, horizon): j < L is this token's layer j, j >= L the next token's layer j -
+    L."""
     column = torch.arange(layers + 1, device=device)[:, None] + torch.arange(horizons, device=device)[None, :]
     return column.clamp(max=2 * layers - 1)
 
 
 def at_targets_BTPHE(after_BTLE: Tensor, horizons: int) -> Tensor:
-    """A per-layer running state, read at each target as late as it is known at the source point (decode only).
+    """A per-layer running state, read at each target as late as it is known at the source point (decode
+    only).
 
-    ``after_BTLE`` holds the state after token t. A target in this token reads the state after token t - 1. A target in
-    the next token reads the state after token t if its layer was already passed (layer <= l), else after t - 1.
+    ``after_BTLE`` holds the state after token t. A target in this token reads the state after token t - 1. A
+    target in the next token reads the state after token t if its layer was already passed (layer <= l), else
+    after t - 1.
 
     Shapes:
         after_BTLE: ``[B, T, L, ...]``; output: ``[B, T, P, H, ...]``.
@@ -77,11 +83,11 @@ def at_targets_BTPHE(after_BTLE: Tensor, horizons: int) -> Tensor:
 class PointFeatures(nn.Module):
     """The inputs of the learned predictors at every source point.
 
-    Blocks: token embeddings around t; the experts of this and the previous layer, weighted; a running state (the token's
-    embedding plus an embedding per expert used so far, the id-only stand-in for the residual stream) and its decayed
-    mean over earlier tokens; while decoding the target layers' experts of the previous token and their decayed use; with
-    hidden states the normalised residual stream of this layer, its change since the previous layer, its decayed mean over
-    earlier tokens and its log-norm.
+    Blocks: token embeddings around t; the experts of this and the previous layer, weighted; a running state
+    (the token's embedding plus an embedding per expert used so far, the id-only stand-in for the residual
+    stream) and its decayed mean over earlier tokens; while decoding the target layers' experts of the
+    previous token and their decayed use; with hidden states the normalised residual stream of this layer, its
+    change since the previous layer, its decayed mean over earlier tokens and its log-norm.
 
     Args:
         layers, experts, vocab_size, horizons, phase, hidden_size: of the stack.
@@ -138,8 +144,8 @@ class PointFeatures(nn.Module):
         return torch.cat(blocks, dim=-1)
 
     def running_state(self, token_BTF: Tensor, used_BTLE: Tensor, weighted_BTLE: Tensor) -> list[Tensor]:
-        """The id-only residual stream, its decayed means over earlier tokens (known at the same point or, in decode,
-        after the whole earlier token)."""
+        """The id-only residual stream, its decayed means over earlier tokens (known at the same point or, in
+        decode, after the whole earlier token)."""
         step_BTLF = torch.einsum("btle,lef->btlf", 0.5 * used_BTLE + weighted_BTLE, self.expert_LEF)
         start_BT1F = self.start_VF(token_BTF)[:, :, None]
         state_BTPF = torch.cat([start_BT1F, step_BTLF], dim=2).cumsum(2)
@@ -154,7 +160,8 @@ class PointFeatures(nn.Module):
         return [state_BTPF, *[shifted(m) * 2 for m in means]]
 
     def hidden_blocks(self, batch: RoutingBatch) -> list[Tensor]:
-        """Normalised residual stream, its change over the layer, its decayed mean over earlier tokens, its log-norm."""
+        """Normalised residual stream, its change over the layer, its decayed mean over earlier tokens, its
+        log-norm."""
         assert batch.hidden_BTLD is not None
         hidden_BTLD = batch.hidden_BTLD.float() * batch.valid_BT[:, :, None, None]
         rms_BTL1 = (hidden_BTLD.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
@@ -165,7 +172,8 @@ class PointFeatures(nn.Module):
 
 
 def points(x_BTL: Tensor) -> Tensor:
-    """Per-layer values as per-point values: point p = l + 1 sees layer l, point 0 zeros: ``[B, T, L, f] -> [B, T, P, f]``."""
+    """Per-layer values as per-point values: point p = l + 1 sees layer l, point 0 zeros: ``[B, T, L, f] ->
+    [B, T, P, f]``."""
     return torch.cat([torch.zeros_like(x_BTL[:, :, :1]), x_BTL], dim=2)
 
 

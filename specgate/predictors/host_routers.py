@@ -1,4 +1,5 @@
-"""The host's own routers, kept as buffers, so that a predictor can ask "what would layer m choose on this hidden state?".
+"""The host's own routers, kept as buffers, so that a predictor can ask "what would layer m choose on this
+hidden state?".
 
 Letters: L MoE layers, E experts per layer, K experts per token, D hidden size.
 """
@@ -16,16 +17,18 @@ from specgate.errors import ConfigError
 class HostRouters(nn.Module):
     """Norm and router of every MoE layer, applied to any residual stream.
 
-    Root-mean-square norms only (every family in ``specgate/moe/families.py`` has one): x / sqrt(mean(x^2) + eps) * weight.
+    Root-mean-square norms only (every family in ``specgate/moe/families.py`` has one): x / sqrt(mean(x^2) +
+    eps) * weight.
 
     Args:
         layers, experts, top_k, hidden_size: of the stack. eps: of the norm.
         routers: layer -> ``norm_weight [D]``, ``router_weight [E, D]``, optionally ``router_bias [E]``,
-            ``correction_bias [E]`` (DeepSeek-V3: added to the sigmoid scores for the choice); None leaves zeros to be
-            filled by a checkpoint.
+            ``correction_bias [E]`` (DeepSeek-V3: added to the sigmoid scores for the choice); None leaves
+            zeros to be filled by a checkpoint.
 
     Shapes:
-        weight_LED (buffer): router weight times norm weight. bias_LE, correction_LE, corrected_L, known: buffers.
+        weight_LED (buffer): router weight times norm weight. bias_LE, correction_LE, corrected_L, known:
+            buffers.
 
     Raises:
         ConfigError: if the routers do not fit the stack.
@@ -65,7 +68,8 @@ class HostRouters(nn.Module):
         for layer, parts in routers.items():
             if tuple(parts["router_weight"].shape) != (E, D) or tuple(parts["norm_weight"].shape) != (D,):
                 raise ConfigError(
-                    f"router {layer} is {tuple(parts['router_weight'].shape)}, the stack needs ({E}, {D}): collect it again"
+                    f"router {layer} is {tuple(parts['router_weight'].shape)}, the stack needs ({E}, {D}):"
+                    " collect it again"
                 )
             self.weight_LED[layer] = parts["router_weight"].float() * parts["norm_weight"].float()
             if "router_bias" in parts:
@@ -79,8 +83,8 @@ class HostRouters(nn.Module):
         """What the routers of ``layer`` choose by, if the residual stream entering them were ``hidden``.
 
         Shapes:
-            hidden: ``[B, T, L, D]`` (axis 2: where it was taken) or ``[B, T, L, H, D]`` (one per horizon too).
-            layer: ``[L, H]`` int64, the router to apply.
+            hidden: ``[B, T, L, D]`` (axis 2: where it was taken) or ``[B, T, L, H, D]`` (one per horizon
+            too). layer: ``[L, H]`` int64, the router to apply.
             output: ``[B, T, L, H, E]``, centred by :meth:`centred`.
         """
         unit = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
@@ -92,7 +96,8 @@ class HostRouters(nn.Module):
         return self.centred(logits)
 
     def centred(self, logits: Tensor) -> Tensor:
-        """K > 1: shifted so that 0 lies midway between the K-th and the next largest, the threshold of membership."""
+        """K > 1: shifted so that 0 lies midway between the K-th and the next largest, the threshold of
+        membership."""
         if self.top_k == 1 or self.top_k >= logits.shape[-1]:
             return logits
         top = logits.detach().topk(self.top_k + 1, dim=-1).values

@@ -1,16 +1,18 @@
-"""First-order Markov chain over experts: P(expert at the target | an expert of the source layer), per point and horizon.
+"""First-order Markov chain over experts: P(expert at the target | an expert of the source layer), per point
+and horizon.
 
-Letters: B sequences, T tokens, N scored tokens, L MoE layers, P = L + 1 source points, H horizons, E experts per layer (a
-second expert axis is the source's), K experts per token.
+Letters: B sequences, T tokens, N scored tokens, L MoE layers, P = L + 1 source points, H horizons, E experts
+per layer (a second expert axis is the source's), K experts per token.
 
-The expert-transition tables of e.g. Xue et al., "MoE-Infinity" (2024, arXiv:2401.14361) and of the llama.cpp and colibri
-prefetchers. The K source experts are combined as independent evidence (naive Bayes): the logit of popularity plus each
-source expert's change of that logit, shrunk by one factor because the K are not independent.
+The expert-transition tables of e.g. Xue et al., "MoE-Infinity" (2024, arXiv:2401.14361) and of the llama.cpp
+and colibri prefetchers. The K source experts are combined as independent evidence (naive Bayes): the logit of
+popularity plus each source expert's change of that logit, shrunk by one factor because the K are not
+independent.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,8 +26,8 @@ class Markov(CountingPredictor):
     """The ``markov`` predictor. At p = 0 no expert is known and it is popularity.
 
     Args:
-        shrink: factor on the summed evidence of the K source experts (K = 1: 1 is the exact Markov chain); None
-            chooses 1 for K = 1 and 0.6 otherwise.
+        shrink: factor on the summed evidence of the K source experts (K = 1: 1 is the exact Markov chain);
+            None chooses 1 for K = 1 and 0.6 otherwise.
 
     Shapes:
         joint_LHEE (buffer): ``[L, H, E_source, E_target]`` co-occurrence counts of layer l and horizon h.
@@ -37,7 +39,7 @@ class Markov(CountingPredictor):
     joint_LHEE: Tensor
     source_LHE: Tensor
 
-    def __init__(self, *, shrink: float | None = None, **kwargs: object) -> None:
+    def __init__(self, *, shrink: float | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.shrink = shrink if shrink is not None else (1.0 if self.top_k == 1 else 0.6)
         L, H, E = self.layers, self.lookahead, self.experts

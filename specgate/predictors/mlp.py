@@ -1,16 +1,17 @@
 """A wide MLP per source point that foresees all horizons at once.
 
-Letters: B sequences, T tokens, N = B * T tokens flat, L MoE layers, P = L + 1 source points, H horizons, E experts,
-D hidden size, F features, W width.
+Letters: B sequences, T tokens, N = B * T tokens flat, L MoE layers, P = L + 1 source points, H horizons, E
+experts, D hidden size, F features, W width.
 
-In the spirit of the per-layer predictors of Pre-gated MoE (Hwang et al., 2024, arXiv:2308.12066) and of the multi-head
-MLP predictors that followed; here all layers' weights lie in one tensor and run as one batched product.
+In the spirit of the per-layer predictors of Pre-gated MoE (Hwang et al., 2024, arXiv:2308.12066) and of the
+multi-head MLP predictors that followed; here all layers' weights lie in one tensor and run as one batched
+product.
 """
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from specgate.predictors.base import Predictor
 from specgate.predictors.features import PointFeatures
 from specgate.traces.batch import RoutingBatch
+
+ENTRY_GAIN = 20.0
+"""Factor on the entry table (see ``TOKEN_GAIN`` in features.py)."""
 
 
 class PointLinear(nn.Module):
@@ -61,7 +65,7 @@ class PointMLP(nn.Module):
         self.last = PointLinear(points, width, horizons * experts, zero=True, bias=bias)
 
     def forward(self, x_BTPF: Tensor) -> Tensor:
-        B, T, P, F = x_BTPF.shape
+        B, T, P = x_BTPF.shape[:3]
         x_PNF = x_BTPF.flatten(0, 1).transpose(0, 1)
         y_PNW = nn.functional.gelu(self.first(x_PNF))
         for layer in self.more:
@@ -78,6 +82,8 @@ class MLP(Predictor):
         token_dim, state_dim, decays: see :class:`PointFeatures`.
 
     Shapes:
+        entry_VF (parameter): ``[V, H * E]``, a trained token table added at p = 0, where the token's id is
+            all that is known of it and the MLP's narrow embedding falls short of a plain table.
         forward: ``RoutingBatch`` -> logits ``[B, T, P, H, E]``.
     """
 
@@ -92,9 +98,9 @@ class MLP(Predictor):
         token_dim: int = 48,
         state_dim: int = 64,
         decays: list[float] | None = None,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)  # type: ignore[arg-type]
+        super().__init__(**kwargs)
         self.features = PointFeatures(
             layers=self.layers,
             experts=self.experts,
@@ -106,6 +112,8 @@ class MLP(Predictor):
             state_dim=state_dim,
             decays=[0.7, 0.95] if decays is None else [float(a) for a in decays],
         )
+        self.entry_VF = nn.Embedding(self.vocab_size, self.lookahead * self.experts)
+        nn.init.zeros_(self.entry_VF.weight)
         prior = self.top_k / self.experts
         bias = math.log(prior) if self.top_k == 1 else math.log(prior / (1 - prior))
         self.head = PointMLP(
@@ -113,4 +121,7 @@ class MLP(Predictor):
         )
 
     def forward(self, batch: RoutingBatch) -> Tensor:
-        return self.head(self.features(batch))
+        logits_BTPHE = self.head(self.features(batch))
+        entry_BTF = self.entry_VF(batch.token_ids_BT) * ENTRY_GAIN
+        entry_BT1HE = entry_BTF.view(*entry_BTF.shape[:2], 1, self.lookahead, self.experts)
+        return torch.cat([logits_BTPHE[:, :, :1] + entry_BT1HE, logits_BTPHE[:, :, 1:]], dim=2)

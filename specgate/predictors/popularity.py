@@ -2,8 +2,8 @@
 
 Letters: B sequences, T tokens, L MoE layers, P source points, H horizons, E experts per layer.
 
-The frequency baseline of every paper on expert caching, e.g. Eliseev and Mazur, "Fast Inference of Mixture-of-Experts
-Language Models with Offloading" (2023, arXiv:2312.17238).
+The frequency baseline of every paper on expert caching, e.g. Eliseev and Mazur, "Fast Inference of
+Mixture-of-Experts Language Models with Offloading" (2023, arXiv:2312.17238).
 """
 
 from __future__ import annotations

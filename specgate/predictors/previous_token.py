@@ -2,14 +2,14 @@
 
 Letters: B sequences, T tokens, L MoE layers, P source points, H horizons, E experts per layer.
 
-The temporal-locality baseline behind LRU expert caches: Eliseev and Mazur (2023, arXiv:2312.17238); Xue et al.,
-"MoE-Infinity" (2024, arXiv:2401.14361). In prefill the previous token's later layers are not routed yet, so there it
-is popularity, exactly.
+The temporal-locality baseline behind LRU expert caches: Eliseev and Mazur (2023, arXiv:2312.17238); Xue et
+al., "MoE-Infinity" (2024, arXiv:2401.14361). In prefill the previous token's later layers are not routed yet,
+so there it is popularity, exactly.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ class PreviousToken(CountingPredictor):
     """The ``previous_token`` predictor.
 
     Shapes:
-        used_LE2, seen_LE2 (buffers): ``[L, E, 2]``; how often the expert was used, and could have been, after tokens
-            that had not used it (0) and that had (1).
+        used_LE2, seen_LE2 (buffers): ``[L, E, 2]``; how often the expert was used, and could have been, after
+            tokens that had not used it (0) and that had (1).
         forward: ``RoutingBatch`` -> logits ``[B, T, P, H, E]``; popularity at a sequence's first token.
     """
 
@@ -32,7 +32,7 @@ class PreviousToken(CountingPredictor):
     used_LE2: Tensor
     seen_LE2: Tensor
 
-    def __init__(self, **kwargs: object) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.register_buffer("used_LE2", torch.zeros(self.layers, self.experts, 2))
         self.register_buffer("seen_LE2", torch.zeros(self.layers, self.experts, 2))

@@ -1,16 +1,16 @@
 """Exponentially decayed use of each expert within the sequence, mixed with popularity.
 
-Letters: B sequences, T tokens, L MoE layers, P source points, H horizons, E experts per layer, K experts per token,
-A decays on the grid, M mixtures on the grid.
+Letters: B sequences, T tokens, L MoE layers, P source points, H horizons, E experts per layer, K experts per
+token, A decays on the grid, M mixtures on the grid.
 
-A least-recently/least-frequently-used cache as a forecast; its decayed form after Lee et al., "LRFU: A Spectrum of
-Policies" (IEEE Trans. Computers 2001), as admission gates of expert caches use it. In prefill the target layers of earlier
-tokens are not routed yet, so there it is popularity, exactly.
+A least-recently/least-frequently-used cache as a forecast; its decayed form after Lee et al., "LRFU: A
+Spectrum of Policies" (IEEE Trans. Computers 2001), as admission gates of expert caches use it. In prefill the
+target layers of earlier tokens are not routed yet, so there it is popularity, exactly.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ class Recency(CountingPredictor):
     """The ``recency`` predictor: p = mix_l r_e + (1 - mix_l m) popularity_e, with r the decayed mean use
     ``(1 - a) sum a^age``, m = 1 - a^tokens its mass (so that with no past it is popularity).
 
-    The decay (one) and the mixture (one per layer) are those of least binary log-loss on a grid, over the first
-    ``fit_batches`` training batches and the final popularity.
+    The decay (one) and the mixture (one per layer) are those of least binary log-loss on a grid, over the
+    first ``fit_batches`` training batches and the final popularity.
 
     Args:
         decays: grid of a. mixes: grid of the mixture weight. fit_batches: training batches kept for the fit.
@@ -45,7 +45,7 @@ class Recency(CountingPredictor):
         decays: list[float] | None = None,
         mixes: list[float] | None = None,
         fit_batches: int = 8,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.decays = [0.5, 0.7, 0.8, 0.9, 0.95, 0.98] if decays is None else [float(a) for a in decays]

@@ -1,18 +1,19 @@
-"""The target layer's own norm and router on the current hidden state: the strongest forecast that needs no training.
+"""The target layer's own norm and router on the current hidden state: the strongest forecast that needs no
+training.
 
-Letters: B sequences, T tokens, L MoE layers, P = L + 1 source points, H horizons, E experts per layer, K experts per token,
-D hidden size.
+Letters: B sequences, T tokens, L MoE layers, P = L + 1 source points, H horizons, E experts per layer, K
+experts per token, D hidden size.
 
-Residual streams change slowly, so today's state is a fair stand-in for the one that the target layer will see: Eliseev and
-Mazur, "Fast Inference of Mixture-of-Experts Language Models with Offloading" (2023, arXiv:2312.17238, "speculative
-expert loading"). Where there is no hidden state to use (before the first MoE layer; the next token's layers) it is the
-token table.
+Residual streams change slowly, so today's state is a fair stand-in for the one that the target layer will
+see: Eliseev and Mazur, "Fast Inference of Mixture-of-Experts Language Models with Offloading" (2023,
+arXiv:2312.17238, "speculative expert loading"). Where there is no hidden state to use (before the first MoE
+layer; the next token's layers) it is the token table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,13 +38,14 @@ class RouterLookahead(TokenTable):
 
     name: ClassVar[str] = "router_lookahead"
     needs_hidden: ClassVar[bool] = True
+    uses_routers: ClassVar[bool] = True
 
     def __init__(
         self,
         *,
         routers: Mapping[int, Mapping[str, Tensor]] | None = None,
         norm_eps: float = 1e-6,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         assert self.hidden_size is not None

@@ -1,17 +1,18 @@
 """The target layer's router on the current hidden state plus what the layers in between add to it on average.
 
-Letters: B sequences, T tokens, N scored tokens, L MoE layers, P source points, H horizons, E experts per layer, K experts
-per token, D hidden size, X = E + 1 regressors (the layer's experts, and a constant).
+Letters: B sequences, T tokens, N scored tokens, L MoE layers, P source points, H horizons, E experts per
+layer, K experts per token, D hidden size, X = E + 1 regressors (the layer's experts, and a constant).
 
-The "quasi-hidden" state of recent prefetchers adds each chosen expert's mean output. A trace holds hidden states, not expert
-outputs, so what is added here is estimated from the trace: the least-squares fit of ``hidden[l + h] - hidden[l]`` on the
-router weights of layer l's experts and a constant, on training tokens. It thereby contains the mean output of attention
-and of the layers in between as well, which is to its advantage.
+The "quasi-hidden" state of recent prefetchers adds each chosen expert's mean output. A trace holds hidden
+states, not expert outputs, so what is added here is estimated from the trace: the least-squares fit of
+``hidden[l + h] - hidden[l]`` on the router weights of layer l's experts and a constant, on training tokens.
+It thereby contains the mean output of attention and of the layers in between as well, which is to its
+advantage.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class RouterMeanExpert(RouterLookahead):
     cross_LHXD: Tensor
     added_LHXD: Tensor
 
-    def __init__(self, *, ridge: float = 1.0, **kwargs: object) -> None:
+    def __init__(self, *, ridge: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         assert self.hidden_size is not None
         self.ridge = ridge

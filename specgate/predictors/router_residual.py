@@ -1,18 +1,19 @@
 """The target layer's router on today's hidden state, plus a trained correction: the default predictor.
 
-Letters: B sequences, T tokens, L MoE layers, P = L + 1 source points, H horizons, E experts per layer, K experts per token,
-D hidden size.
+Letters: B sequences, T tokens, L MoE layers, P = L + 1 source points, H horizons, E experts per layer, K
+experts per token, D hidden size.
 
-Starts exactly at ``router_lookahead`` (the correction's last map is zero) and learns what the layers in between add.
-Router-initialised predictors with a low-rank correction are the strongest published ones; here the correction is the wide
-per-point MLP of ``mlp``, and every (point, horizon) also learns how far to trust the router. Without hidden states
-(``hidden_size=None``) there is no router to start from and it is ``mlp`` under another name.
+Starts exactly at ``router_lookahead`` (the correction's last map is zero) and learns what the layers in
+between add. Router-initialised predictors with a low-rank correction are the strongest published ones; here
+the correction is the wide per-point MLP of ``mlp``, and every (point, horizon) also learns how far to trust
+the router. Without hidden states (``hidden_size=None``) there is no router to start from and it is ``mlp``
+under another name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,15 +39,16 @@ class RouterResidual(MLP):
     """
 
     name: ClassVar[str] = "router_residual"
+    uses_routers: ClassVar[bool] = True
 
     def __init__(
         self,
         *,
         routers: Mapping[int, Mapping[str, Tensor]] | None = None,
         norm_eps: float = 1e-6,
-        **kwargs: object,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)  # type: ignore[arg-type]
+        super().__init__(**kwargs)
         self.host: HostRouters | None = None
         if self.hidden_size is not None:
             self.host = HostRouters(

@@ -1,15 +1,17 @@
 """P(expert used at the target layer | id of the current token), backing off to popularity.
 
-Letters: B sequences, T tokens, N scored tokens, L MoE layers, P source points, H horizons, E experts per layer, K experts
-per token, C target columns (j < L this token's layer j, then the next token's first layers), R rows of the table, V ids.
+Letters: B sequences, T tokens, N scored tokens, L MoE layers, P source points, H horizons, E experts per
+layer, K experts per token, C target columns (j < L this token's layer j, then the next token's first layers),
+R rows of the table, V ids.
 
-Routing follows the token's identity to a large part: Jiang et al., "Mixtral of Experts" (2024, arXiv:2401.04088, section 5);
-Xue et al., "OpenMoE" (2024, arXiv:2402.01739), "context-independent specialisation".
+Routing follows the token's identity to a large part: Jiang et al., "Mixtral of Experts" (2024,
+arXiv:2401.04088, section 5); Xue et al., "OpenMoE" (2024, arXiv:2402.01739), "context-independent
+specialisation".
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,14 +24,14 @@ class TokenTable(CountingPredictor):
     """The ``token_table`` predictor.
 
     Args:
-        rows: ids that get a row, first come first served; further ids back off to popularity (bounds the memory: a row
-            takes 4 C E bytes).
+        rows: ids that get a row, first come first served; further ids back off to popularity (bounds the
+            memory: a row takes 4 C E bytes).
 
     Shapes:
-        counts_RCE, seen_RC (buffers): uses of each expert at each column, and tokens that have this column, by row.
-        row_V (buffer): row of each id, -1 for none.
-        forward: ``RoutingBatch`` -> logits ``[B, T, P, H, E]``. Wrapped targets belong to a next token whose id is not
-            known; they condition on the current one's.
+        counts_RCE, seen_RC (buffers): uses of each expert at each column, and tokens that have this column,
+        by row. row_V (buffer): row of each id, -1 for none.
+        forward: ``RoutingBatch`` -> logits ``[B, T, P, H, E]``. Wrapped targets belong to a next token whose
+            id is not known; they condition on the current one's.
     """
 
     name: ClassVar[str] = "token_table"
@@ -37,7 +39,7 @@ class TokenTable(CountingPredictor):
     seen_RC: Tensor
     row_V: Tensor
 
-    def __init__(self, *, rows: int = 16384, **kwargs: object) -> None:
+    def __init__(self, *, rows: int = 16384, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         wrapped = min(self.lookahead, self.layers) if self.phase == "decode" else 0
         self.width = self.layers + wrapped

@@ -1,6 +1,7 @@
 """The honesty rule: the logits at (token t, point p) depend on nothing that is not known there.
 
-Letters: B sequences, T tokens, L MoE layers, P = L + 1 source points (p = l + 1: layers up to l are known), E, K experts.
+Letters: B sequences, T tokens, L MoE layers, P = L + 1 source points (p = l + 1: layers up to l are known),
+    E, K experts.
 
 decode:  all of tokens < t; the ids of tokens <= t; the layers <= l of token t.
 prefill: the ids of all tokens; the layers <= l of tokens <= t.
@@ -76,7 +77,8 @@ def test_logits_depend_on_nothing_unknown(name: str, phase: str, K: int, hidden:
                 )
 
 
-# Which known inputs a predictor must react to: the current token's id, the current layer's routing, an earlier token's.
+# Which known inputs a predictor must react to: the current token's id, the current layer's routing, an
+# earlier token's.
 USES = {
     "popularity": set(),
     "markov": {"routing"},

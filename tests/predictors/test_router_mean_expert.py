@@ -46,7 +46,8 @@ def test_fit_is_least_squares() -> None:
 
 
 def test_it_beats_the_plain_router_where_experts_move_the_stream() -> None:
-    """A host whose residual stream is moved by its experts alone: adding their outputs gives the exact router input."""
+    """A host whose residual stream is moved by its experts alone: adding their outputs gives the exact router
+    input."""
     g = torch.Generator().manual_seed(3)
     outputs = torch.randn(LAYERS, EXPERTS, HIDDEN, generator=g) * 2
     plain = make_predictor("router_lookahead", "prefill")
