@@ -1,0 +1,130 @@
+"""Text to trace or to train on: named documents with a domain and a split.
+
+A text file holds documents separated by a line with a form feed (``\\n\\f\\n``); ``.xz`` files are unpacked on the fly.
+The bundled text lives beside this module in ``reference/text``: one file per domain, licences in ``NOTICE``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from specgate.errors import TextError
+
+SEPARATOR = "\n\f\n"
+SPLITS = ("train", "validation", "test")
+BUNDLED_TEXT = Path(__file__).parent / "reference" / "text"
+
+
+@dataclass(frozen=True)
+class TextDocument:
+    """One document. ``split`` is fixed by the document's own text, so that copies never straddle two splits."""
+
+    name: str
+    domain: str
+    split: str
+    text: str
+
+
+def split_of(text: str, validation: float = 0.15, test: float = 0.2) -> str:
+    """The split of a document, decided by the SHA-256 of its text alone.
+
+    Args:
+        text: the document.
+        validation: share of documents for validation.
+        test: share of documents for the locked test split.
+    """
+    draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return "test" if draw < test else "validation" if draw < test + validation else "train"
+
+
+def read_text(path: Path) -> str:
+    """The text of a plain or ``.xz`` file.
+
+    Raises:
+        TextError: if the file is missing, truncated or not UTF-8.
+    """
+    try:
+        raw = path.read_bytes()
+        return (lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8")
+    except FileNotFoundError:
+        raise TextError(
+            f"Text file {path} does not exist; name a file, a directory or a glob of text files."
+        ) from None
+    except (lzma.LZMAError, EOFError) as err:
+        raise TextError(
+            f"Text file {path} is not a whole .xz file ({err}); unpack or copy it again."
+        ) from None
+    except UnicodeDecodeError as err:
+        raise TextError(f"Text file {path} is not UTF-8 at byte {err.start}; convert it first.") from None
+
+
+def documents_of(path: Path, domain: str | None = None) -> Iterator[TextDocument]:
+    """The documents of one text file, in file order; empty ones are left out."""
+    domain = domain or path.name.split(".")[0]
+    for number, text in enumerate(read_text(path).split(SEPARATOR)):
+        if text.strip():
+            yield TextDocument(f"{domain}/{number}", domain, split_of(text), text)
+
+
+def text_files(sources: str | Path | Iterable[str | Path]) -> list[Path]:
+    """The text files that ``sources`` (files or directories) name, sorted.
+
+    Raises:
+        TextError: if a source does not exist or a directory holds no text file.
+    """
+    files: list[Path] = []
+    for source in [sources] if isinstance(sources, str | Path) else list(sources):
+        path = Path(source).expanduser()
+        if path.is_dir():
+            found = sorted(
+                p for p in path.rglob("*") if p.is_file() and p.name.endswith((".txt", ".txt.xz", ".md"))
+            )
+            if not found:
+                raise TextError(
+                    f"Directory {path} holds no .txt, .txt.xz or .md file; point to one that does."
+                )
+            files += found
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise TextError(
+                f"Text source {path} does not exist; name a text file or a directory of text files."
+            )
+    return files
+
+
+def load_documents(sources: str | Path | Iterable[str | Path]) -> list[TextDocument]:
+    """Every document of the named files and directories.
+
+    Raises:
+        TextError: if a source is missing, unreadable, or no document has any text.
+    """
+    documents = [document for path in text_files(sources) for document in documents_of(path)]
+    if not documents:
+        raise TextError(f"The text in {sources} is empty; give at least one document.")
+    return documents
+
+
+def bundled_domains() -> list[str]:
+    """Names of the domains whose text ships with the package."""
+    return sorted(p.name.removesuffix(".txt.xz") for p in BUNDLED_TEXT.glob("*.txt.xz"))
+
+
+def bundled_documents(domains: Iterable[str] | None = None) -> list[TextDocument]:
+    """The bundled text, split by document into train, validation and locked test.
+
+    Args:
+        domains: which domains; all of them when None.
+
+    Raises:
+        TextError: if a domain is unknown.
+    """
+    known = bundled_domains()
+    wanted = known if domains is None else list(domains)
+    if unknown := [d for d in wanted if d not in known]:
+        raise TextError(f"Unknown text domain {unknown[0]!r}; the bundled ones are {', '.join(known)}.")
+    return [document for d in wanted for document in documents_of(BUNDLED_TEXT / f"{d}.txt.xz", d)]
