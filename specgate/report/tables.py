@@ -252,13 +252,14 @@ def domain_table(rows: Sequence[Row], trace: str, limit: int = 20) -> Table:
     """
     mine = select(rows, trace=trace)
     kind = kinds_of(mine)[0]
+    mine = select(mine, kind=kind)
     names = list(dict.fromkeys([n for n in (best_free(mine), main_predictor(mine)) if n]))
     horizons = _horizons(mine)
     table = Table(
         f"{trace_title(mine[0])}: recall@K (%) per domain, {KIND_TITLES[kind]}",
         ["domain", "events at N+1", *[f"{name} {horizon_name(h)}" for name in names for h in horizons]],
     )
-    of = {(row["predictor"], row["horizon"]): row["per_domain"] for row in select(mine, kind=kind)}
+    of = {(row["predictor"], row["horizon"]): row["per_domain"] for row in mine}
     counts = {domain: score["n"] for domain, score in of[names[-1], horizons[0]].items()}
     shown = sorted(counts, key=lambda domain: (-counts[domain], domain))[:limit]
     for domain in sorted(shown):

@@ -85,10 +85,11 @@ def _headline(name: str, recall: float, free: str | None, free_recall: float | N
         return f"Hardly: no predictor finds twice what guessing finds ({found})."
     if free is None or free_recall is None:
         return f"{name} was compared with no free predictor."
-    gain = f"{100 * (recall - free_recall):+.1f} points of recall over {free}, the best predictor that needs "
-    "no training"
     if free == name:
         return f"Yes, and without training: {name} is the best predictor here."
-    if recall - free_recall >= 0.02:
-        return f"Yes, and training pays: {name} adds {gain}."
-    return f"Yes, but training hardly pays: {name} adds {gain}."
+    points = f"{100 * abs(recall - free_recall):.1f} points of recall"
+    rival = f"{free}, the best predictor that needs no training"
+    if recall < free_recall:
+        return f"Yes, but training does not pay: {name} finds {points} less than {rival}."
+    pays = "and training pays" if recall - free_recall >= 0.02 else "but training hardly pays"
+    return f"Yes, {pays}: {name} finds {points} more than {rival}."
