@@ -14,18 +14,11 @@ from tests.test_configs import CONF, composed
 
 MODELS = sorted(file.stem for file in (CONF / "model").glob("*.yaml"))
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
-FREE = {
-    "popularity",
-    "markov",
-    "previous_token",
-    "recency",
-    "token_table",
-    "router_lookahead",
-    "router_mean_expert",
-}
 #: What makes any run quick, whatever its experiment says.
 QUICK = [
     "trainer=debug",
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=2",
     "logger=none",
     "data.window=32",
     "data.batch_size=8",
@@ -59,8 +52,7 @@ def test_smoke_two_steps_of_every_predictor(
         "data=olmoe_ref_prefill" if phase == "prefill" else "data=olmoe_ref_decode",
         f"data.traces={trace}",
     ]
-    steps = [] if model in FREE else ["trainer.max_steps=2"]
-    cfg = composed(CONF, "train", [f"model={model}", *data, *QUICK, *steps], tmp_path)
+    cfg = composed(CONF, "train", [f"model={model}", *data, *QUICK], tmp_path)
     recall, metrics = train(cfg)
     assert recall is not None
     assert 0 < recall <= 1
@@ -77,7 +69,7 @@ def test_smoke_two_steps_of_every_predictor(
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiments_run(experiment: str, tiny_traces: dict[str, Path], tmp_path: Path) -> None:
     plain = composed(CONF, "train", [f"experiment={experiment}"], tmp_path)
-    overrides = [f"experiment={experiment}", *QUICK, "trainer.max_steps=2", tiny(plain, tiny_traces)]
+    overrides = [f"experiment={experiment}", *QUICK, tiny(plain, tiny_traces)]
     cfg = composed(CONF, "train", overrides, tmp_path)
     _, metrics = train(cfg)
     assert metrics["rows"]

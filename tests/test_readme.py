@@ -1,0 +1,186 @@
+"""Every command in README.md, CONTRIBUTING.md and docs/ is known here and is run, a long one in a quick form.
+
+A command that stands in a document and not in COMMANDS fails the first test: write down how it is tested.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+GENERATED = {"RESULTS.md", "LOG.md"}
+
+COLLECT = ("sequences=24", "length=16", "prompt_length=8", "batch_size=8", "threads=1", "paths.data={new}")
+TRAIN = (
+    "trainer=debug",
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=2",
+    "logger=none",
+    "data.window=32",
+    "threads=1",
+    "paths.data={data}",
+)
+
+
+@dataclass(frozen=True)
+class Make:
+    """A make target: what it would run (``make -n``) must hold these; the test of what it runs is named."""
+
+    runs: tuple[str, ...]
+    tested_by: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command that is run for real: with replaced words, and overrides that make it quick.
+
+    ``{data}`` is a folder with tiny traces under the names of the reference models', ``{new}`` an empty one.
+    """
+
+    more: tuple[str, ...] = ()
+    instead: Mapping[str, str] = field(default_factory=dict)
+    prints_metrics: bool = True
+    in_scratch: bool = False
+
+
+HOST = {"path/to/model": "{olmoe}", "path/to/texts": "{text}"}
+HELP = Run(("--help",), prints_metrics=False)
+SCRATCH = Run(prints_metrics=False, in_scratch=True)
+CONVERT = "python -m specgate.traces.convert"
+COMMANDS: dict[str, Make | Run] = {
+    "make demo": Make(("python -m specgate.demo",), "tests/test_demo.py"),
+    "make test": Make(("python -m pytest",), "tests/test_packaging.py"),
+    "make setup": Make(
+        ("-m venv .venv", "--constraint constraints.txt", "--editable"), "tests/test_packaging.py"
+    ),
+    "make lint types": Make(("ruff check", "ruff format --check", "mypy"), "tests/test_house_rules.py"),
+    "make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu": Make(
+        ("--index-url https://download.pytorch.org/whl/cpu 'torch==",), "tests/test_packaging.py"
+    ),
+    "make docs": Make(
+        ("python -m specgate.report.readme", "python -m specgate.report.results"), "tests/test_docs.py"
+    ),
+    "make lock": Make(("-m pip freeze",), "tests/test_packaging.py"),
+    "make help": Make(("awk",), "tests/test_packaging.py"),
+    "python collect.py": HELP,
+    "python train.py": HELP,
+    "python benchmark.py": HELP,
+    "python -m specgate doctor": Run(("--help",), prints_metrics=False),
+    CONVERT: HELP,
+    "python -m specgate.moe.pretrain": HELP,
+    "python -m specgate.report.readme": HELP,
+    "python collect.py moe=olmoe_ref": Run(COLLECT),
+    "python collect.py moe=olmoe_ref phase=decode sequences=500": Run(COLLECT),
+    "python collect.py moe=switch_ref hidden=int8 'hidden_layers=[0,2,4]'": Run(COLLECT),
+    "python collect.py moe=hf moe.path=path/to/model text=directory text.sources=path/to/texts": Run(
+        COLLECT, HOST
+    ),
+    "python train.py model=router_residual lookahead=3 data=olmoe_ref_prefill": Run(TRAIN),
+    "python train.py model=linear": Run(TRAIN, {"model=linear": "model=mlp"}),
+    "python benchmark.py mode=accuracy": Run(("paths.data={data}", "data.window=32", "threads=1")),
+    f"{CONVERT} request-*.npy data/traces/mine --experts 128 --model-id me/model": SCRATCH,
+    f"{CONVERT} gpt_oss_20b_decode.npz data/traces/gpt_oss_20b --experts 32 --model-id openai/gpt-oss-20b "
+    "--family gpt_oss --meta gpt_oss_20b_decode.meta.json --document-key dataset,category,prompt_tokens "
+    "--domain-key dataset": SCRATCH,
+    f"{CONVERT} data/traces/mine mine.parquet": SCRATCH,
+    f"{CONVERT} mine.parquet data/traces/again": SCRATCH,
+    f"{CONVERT} data/traces/mine mine.npz": SCRATCH,
+}
+#: Commands in running text that only point at one that is tested in full elsewhere.
+MENTIONED = {"source .venv/bin/activate"}
+
+
+def commands_of(page: Path) -> list[str]:
+    """Lines of bash blocks, and commands in backquotes, without their comments."""
+    text = page.read_text()
+    lines = [
+        line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
+    ]
+    plain = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines += re.findall(r"`((?:python|make|source) [^`]+)`", plain)
+    found = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
+    return list(dict.fromkeys(line for line in found if line and not line.startswith("#")))
+
+
+def expanded(command: str) -> list[str]:
+    """``make lint types test`` is in COMMANDS as its parts."""
+    if command in COMMANDS or not re.fullmatch(r"make [a-z ]+", command):
+        return [command]
+    return [f"make {target}" for target in command.split()[1:]]
+
+
+FOUND = sorted({c for page in PAGES if page.name not in GENERATED for c in commands_of(page)})
+
+
+def test_every_command_is_known_and_every_known_one_is_in_a_document() -> None:
+    unknown = [command for command in FOUND if command not in COMMANDS and command not in MENTIONED]
+    assert unknown == [], "say in COMMANDS how these are tested"
+    assert [command for command in COMMANDS if command not in FOUND] == []
+
+
+@pytest.mark.parametrize("command", [c for c, how in COMMANDS.items() if isinstance(how, Make)])
+def test_make_targets_run_what_they_say(command: str) -> None:
+    how = COMMANDS[command]
+    assert isinstance(how, Make)
+    dry = ["make", "--dry-run", "--always-make", *shlex.split(command)[1:]]
+    done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [text for text in how.runs if text not in done.stdout] == []
+    assert (ROOT / how.tested_by).is_file()
+
+
+@pytest.fixture(scope="module")
+def places(
+    tiny_traces: dict[str, Path], tiny_olmoe: Path, tiny_text: Path, tmp_path_factory
+) -> dict[str, Path]:
+    data, scratch = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("scratch")
+    (data / "traces").mkdir()
+    for name, trace in tiny_traces.items():
+        host, _, phase = name.partition("_")
+        (data / "traces" / f"{host}_ref{'_' + phase if phase else ''}").symlink_to(trace)
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        chosen = rng.permuted(np.tile(np.arange(128), (20, 6, 1)), axis=-1)[..., :8]
+        np.save(scratch / f"request-{i}.npy", chosen.astype(np.uint8))
+    chosen = rng.permuted(np.tile(np.arange(32), (240, 3, 1)), axis=-1)[..., :4].astype(np.uint8)
+    np.savez(scratch / "gpt_oss_20b_decode.npz", experts=chosen, seq_id=np.repeat(np.arange(12), 20))
+    meta = ",".join(
+        f'{{"seq": {i}, "dataset": "a", "category": "c{i}", "prompt_tokens": 9}}' for i in range(12)
+    )
+    (scratch / "gpt_oss_20b_decode.meta.json").write_text(f"[{meta}]")
+    return {"data": data, "scratch": scratch, "olmoe": tiny_olmoe, "text": tiny_text}
+
+
+@pytest.mark.parametrize("command", [c for c, how in COMMANDS.items() if isinstance(how, Run)])
+def test_commands_run(command: str, places: dict[str, Path], tmp_path: Path) -> None:
+    how = COMMANDS[command]
+    assert isinstance(how, Run)
+    line = command
+    for word, other in how.instead.items():
+        line = line.replace(word, other)
+    entry = re.match(r"python (collect|train|benchmark)\.py", command)
+    more = [*how.more, f"hydra.run.dir={tmp_path}/run"] if entry and how.prints_metrics else [*how.more]
+    line = " ".join([line, *more])
+    for name, path in {**places, "new": tmp_path / "new"}.items():
+        line = line.replace(f"{{{name}}}", str(path))
+    folder = places["scratch"] if how.in_scratch else ROOT
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    if how.prints_metrics:
+        last = Path(done.stdout.strip().splitlines()[-1])
+        assert last.name == "metrics.json"
+        assert (ROOT / last).is_file()
