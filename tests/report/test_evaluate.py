@@ -87,7 +87,7 @@ def test_uncalibrated_columns_are_those_of_the_bare_link() -> None:
         assert new["mean_confidence_uncalibrated"] == old["mean_confidence"]
         assert new["reliability_uncalibrated"] == old["reliability"]
         # Scaling keeps the order of experts, up to ties where the bare sigmoid saturates.
-        assert new["recall_at_k"] == pytest.approx(old["recall_at_k"], abs=0.01)
+        assert new["recall_at_k"] == pytest.approx(old["recall_at_k"], abs=0.05)
         assert new["nll"] < old["nll"]  # random weights are badly calibrated
 
 
