@@ -16,7 +16,7 @@ from rich.console import Console
 
 from specgate.errors import SpecgateError
 from specgate.moe.batches import Settings
-from specgate.moe.collection import Interrupted, collect, hardware, planned_threads
+from specgate.moe.collection import Interrupted, choose_threads, collect, hardware
 from specgate.moe.hosts import load_host
 from specgate.moe.summary import report
 from specgate.traces.store import TraceReader
@@ -33,11 +33,10 @@ def folder_of(cfg: DictConfig) -> Path:
 def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
     """Collects what the configuration says; returns the numbers for metrics.json."""
     out = folder_of(cfg)
-    if threads := cfg.threads or planned_threads(out):
-        torch.set_num_threads(threads)
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     settings = Settings.of(values)
     host = load_host(cfg.moe.path, cfg.moe.revision, cfg.moe.dtype, cfg.moe.device, cfg.moe.device_map)
+    torch.set_num_threads(choose_threads(host, out, cfg.threads))
     outcome = collect(host, instantiate(cfg.text, _convert_="all"), settings, out, console)
     folder = Path(HydraConfig.get().runtime.output_dir)
     stacks = report(TraceReader(out), folder, console)

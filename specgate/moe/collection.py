@@ -31,6 +31,7 @@ from specgate.moe.text import TextDocument
 from specgate.traces.schema import TraceHeader
 from specgate.traces.store import StackArrays, TraceWriter
 
+SMALL_HOST = 50_000_000  # parameters
 TIMED_SECONDS = 2.0  # a second batch is timed when the first took less
 
 
@@ -82,12 +83,19 @@ def hardware(device: str) -> dict[str, Any]:
     }
 
 
-def planned_threads(out: Path) -> int | None:
-    """How many CPU threads an earlier, unfinished collection in ``out`` ran on: rounding depends on it."""
+def choose_threads(host: Host, out: Path, wanted: int | None = None) -> int:
+    """CPU threads to run on; rounding depends on their number, so a resumed collection keeps its own.
+
+    A small host on the CPU runs on one thread: its matrices are too small to share out.
+    """
+    if wanted:
+        return wanted
     try:
         return int(json.loads((out / "plan.json").read_text())["plan"]["threads"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        parameters = sum(p.numel() for p in host.model.parameters())
+        small = host.device.type == "cpu" and parameters < SMALL_HOST
+        return 1 if small else torch.get_num_threads()
 
 
 def collect(

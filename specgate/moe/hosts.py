@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from specgate.errors import CheckpointError, ConfigError
@@ -95,8 +96,13 @@ def load_host(
         kwargs["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     auto = transformers.AutoModelForSeq2SeqLM if len(family.stacks) > 1 else transformers.AutoModelForCausalLM
     with _readable_errors(name_or_path):
-        model = auto.from_pretrained(path, **kwargs)
+        model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **where)
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"The weights of {name_or_path!r} lack {len(missing)} tensors ({missing[0]}, ...) and would be "
+            "random; copy or download the model again."
+        )
     moe_layers(model)  # a dense or bypassing variant is refused here, before anything is traced
     if device_map is None:
         model.to(target)
@@ -147,7 +153,7 @@ class _readable_errors:
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, (OSError, ValueError, RuntimeError)) or isinstance(error, CheckpointError):
+        if not isinstance(error, OSError | ValueError | RuntimeError | SafetensorError):
             return
         reason = " ".join(str(error).split())[:200]
         if (
@@ -156,6 +162,8 @@ class _readable_errors:
             or "offline" in reason.lower()
         ):
             remedy = "check the name and the network, or give a local directory"
+        elif isinstance(error, SafetensorError):
+            remedy = "its weights are damaged, copy or download it again"
         elif "safetensors" in reason.lower():
             remedy = "only safetensors weights are read, so convert it with save_pretrained"
         else:

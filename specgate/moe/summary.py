@@ -130,7 +130,7 @@ def report(reader: TraceReader, folder: Path, console: Console) -> dict[str, Any
     """Prints the table of every stack, draws ``expert_load.png`` into ``folder``, returns the numbers."""
     found: dict[str, Any] = {}
     tables: dict[str, list[LayerLoad]] = {}
-    for name in reader.header.stacks:
+    for name in sorted(reader.header.stacks, reverse=True):  # the encoder runs before the decoder
         view = reader.stack(name)
         rows = tables[name] = loads(view)
         console.print(_table(name, view, rows))
