@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from specgate.errors import SpecgateError
@@ -69,22 +70,31 @@ class Step:
         """Which command filled the folder, and how long it took."""
         return self.folder / "demo-step.json"
 
-    def finished_in(self) -> float | None:
-        """Seconds that an earlier run of the same command took, None if it has not finished."""
+    def earlier(self) -> Timing | None:
+        """What an earlier run of the same command cost, None if it has not finished."""
         if not (self.metrics.is_file() and self.stamp.is_file()):
             return None
         stamp = json.loads(self.stamp.read_text())
-        return float(stamp["seconds"]) if stamp["command"] == self.command else None
+        if stamp["command"] != self.shown:
+            return None
+        return Timing(self.name, self.shown, stamp["seconds"], stamp["cpu_seconds"], resumed=True)
 
 
 @dataclass
 class Timing:
-    """What one step cost; ``resumed`` when the seconds are an earlier run's."""
+    """What one step cost.
+
+    Attributes:
+        seconds: by the clock.
+        cpu_seconds: of all its threads; on a busy machine they say more.
+        resumed: the seconds are an earlier run's.
+    """
 
     name: str
     command: str
     seconds: float
-    resumed: bool = field(default=False)
+    cpu_seconds: float
+    resumed: bool = False
 
 
 def plan(output: Path, hosts: Sequence[Host] = HOSTS, extra: Sequence[str] = ()) -> list[Step]:
@@ -125,15 +135,17 @@ def run_step(step: Step, root: Path, again: bool = False) -> Timing:
     Raises:
         SpecgateError: if the command fails.
     """
-    before = None if again else step.finished_in()
+    before = None if again else step.earlier()
     if before is not None:
-        say(f"\n$ {step.shown}\n  done already, in {before:.0f} s; delete {step.folder} to run it again")
-        return Timing(step.name, step.shown, before, resumed=True)
+        say(
+            f"\n$ {step.shown}\n  done in {before.seconds:.0f} s before; delete {step.folder} to run it again"
+        )
+        return before
     say(f"\n$ {step.shown}")
     step.folder.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
+    start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(step.command, cwd=root, check=False)
-    seconds = time.perf_counter() - start
+    seconds, total = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise SpecgateError(
             f"`{step.shown}` ended with exit code {done.returncode}: mend what it says above and run make "
@@ -141,8 +153,10 @@ def run_step(step: Step, root: Path, again: bool = False) -> Timing:
         )
     if not step.metrics.is_file():
         raise SpecgateError(f"`{step.shown}` wrote no {step.metrics}: run it by hand to see why")
-    step.stamp.write_text(json.dumps({"command": step.command, "seconds": seconds}))
-    return Timing(step.name, step.shown, seconds)
+    cpu = total.ru_utime - used.ru_utime + total.ru_stime - used.ru_stime
+    timing = Timing(step.name, step.shown, round(seconds, 2), round(cpu, 2))
+    step.stamp.write_text(json.dumps(asdict(timing)))
+    return timing
 
 
 def say(text: str) -> None:
@@ -152,11 +166,13 @@ def say(text: str) -> None:
 
 def timing_table(timings: Sequence[Timing]) -> str:
     """Seconds per step and in all, as lines of text."""
+    total = Timing("in all", "", sum(t.seconds for t in timings), sum(t.cpu_seconds for t in timings))
     width = max(len(timing.name) for timing in timings)
-    lines = [
-        f"  {t.name:<{width}}  {t.seconds:7.1f} s{'  (earlier run)' if t.resumed else ''}" for t in timings
-    ]
-    return "\n".join([*lines, f"  {'in all':<{width}}  {sum(t.seconds for t in timings):7.1f} s"])
+    return "\n".join(
+        f"  {t.name:<{width}}  {t.seconds:7.1f} s  ({t.cpu_seconds:.0f} s of processor time)"
+        + ("  earlier run" if t.resumed else "")
+        for t in [*timings, total]
+    )
 
 
 def run(root: Path, output: Path, hosts: Sequence[Host] = HOSTS, extra: Sequence[str] = ()) -> Path:
@@ -186,7 +202,8 @@ def run(root: Path, output: Path, hosts: Sequence[Host] = HOSTS, extra: Sequence
     file = log.write(
         output,
         command="make demo",
-        seconds=sum(timing.seconds for timing in timings.values()),
+        seconds=round(sum(timing.seconds for timing in timings.values()), 2),
+        cpu_seconds=round(sum(timing.cpu_seconds for timing in timings.values()), 2),
         steps=[asdict(timing) for timing in timings.values()],
         pictures=pictures,
         traces=result["traces"],

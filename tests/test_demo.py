@@ -55,12 +55,12 @@ def test_a_second_run_skips_what_is_done_and_repeats_what_depends_on_a_change(
     record = json.loads(file.read_text())
     assert record["rows"] == [{"n": 1}]
     assert [step["resumed"] for step in record["steps"]] == [False] * 5
-    assert record["seconds"] == pytest.approx(sum(step["seconds"] for step in record["steps"]))
+    assert record["seconds"] == pytest.approx(sum(step["seconds"] for step in record["steps"]), abs=0.02)
     assert capfd.readouterr().out.splitlines()[-1] == str(file)
 
     demo.run(checkout, output)
     assert set(calls(output).values()) == {1}
-    assert "done already" in capfd.readouterr().out
+    assert "to run it again" in capfd.readouterr().out
 
     (output / "collect-olmoe_ref" / "metrics.json").unlink()
     record = json.loads(demo.run(checkout, output).read_text())
@@ -104,6 +104,8 @@ def test_outside_a_checkout_it_says_so(tmp_path: Path) -> None:
 
 
 def test_timing_table_adds_up() -> None:
-    table = demo.timing_table([demo.Timing("a", "x", 1.25), demo.Timing("bb", "y", 2.5, resumed=True)])
+    table = demo.timing_table(
+        [demo.Timing("a", "x", 1.25, 1.5), demo.Timing("bb", "y", 2.5, 2.0, resumed=True)]
+    )
     assert "3.8 s" in table
     assert "earlier run" in table.splitlines()[1]

@@ -39,6 +39,7 @@ def trimmed(record: Mapping[str, Any]) -> dict[str, Any]:
         "hardware",
         "versions",
         "seconds",
+        "cpu_seconds",
         "steps",
     )
     rows = [{k: v for k, v in row.items() if not isinstance(v, dict | list)} for row in record["rows"]]
