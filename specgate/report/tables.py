@@ -254,7 +254,7 @@ def domain_table(rows: Sequence[Row], trace: str, limit: int = 20) -> Table:
     kind = kinds_of(mine)[0]
     mine = select(mine, kind=kind)
     names = list(dict.fromkeys([n for n in (best_free(mine), main_predictor(mine)) if n]))
-    horizons = _horizons(select(mine, kind=kind))  # a shallow stack has fewer within the token
+    horizons = _horizons(mine)  # a shallow stack has fewer within the token
     table = Table(
         f"{trace_title(mine[0])}: recall@K (%) per domain, {KIND_TITLES[kind]}",
         ["domain", "events at N+1", *[f"{name} {horizon_name(h)}" for name in names for h in horizons]],

@@ -76,6 +76,8 @@ def test_rows_are_plain_json_and_complete() -> None:
 
 def test_uncalibrated_columns_are_those_of_the_bare_link() -> None:
     predictor = fitted("mlp", "decode", hidden=False)
+    for parameter in predictor.parameters():
+        parameter.data *= 0.5  # or its sigmoids would saturate and tie
     before = rows_of(predictor, "t", "decode", 2)
     assert not before[0]["calibrated"]
     TemperatureFitter(cells=2000)(predictor, batches("decode", 2, 0))
@@ -86,8 +88,7 @@ def test_uncalibrated_columns_are_those_of_the_bare_link() -> None:
         assert new["nll_uncalibrated"] == old["nll"]
         assert new["mean_confidence_uncalibrated"] == old["mean_confidence"]
         assert new["reliability_uncalibrated"] == old["reliability"]
-        # Scaling keeps the order of experts, up to ties where the bare sigmoid saturates.
-        assert new["recall_at_k"] == pytest.approx(old["recall_at_k"], abs=0.05)
+        assert new["recall_at_k"] == old["recall_at_k"]  # scaling keeps the order of experts
         assert new["nll"] < old["nll"]  # random weights are badly calibrated
 
 
