@@ -58,7 +58,9 @@ def layer_heat_map(rows: Sequence[Row], trace: str) -> Figure:
     for panel in axes[:, 0]:
         panel.set_yticks(range(len(horizons)), [horizon_name(h) for h in horizons])
         _mark_kinds(panel, mine, grid_HP.shape)
-    axes[-1, 0].set_xlabel("source: MoE layer whose router input is known (“id”: only the token's id is)")
+    axes[-1, 0].set_xlabel(
+        "source: MoE layer whose router input is known (“id”: only the token's id is); grey: nothing ahead"
+    )
     drawn.suptitle(f"Where routing is foreseen: {trace_title(mine[0])}", fontsize=11)
     return drawn
 
@@ -110,7 +112,7 @@ def expert_load(load: Mapping[str, Any], title: str) -> Figure:
     layers, experts = share_LE.shape
     relative_LE = share_LE * experts
     drawn, axes = panels(
-        min(10.0, 3.6 + 0.16 * experts), 1.6 + 0.2 * layers, 1, 2, sharey=True, width_ratios=[3, 1]
+        min(10.0, 3.6 + 0.16 * experts), max(3.4, 1.6 + 0.2 * layers), 1, 2, sharey=True, width_ratios=[3, 1]
     )
     top = max(2.0, float(np.quantile(relative_LE, 0.995)))
     image = axes[0, 0].imshow(

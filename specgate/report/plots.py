@@ -138,7 +138,8 @@ def _reliability_panel(panel: Axes, row: Row) -> None:
                 linewidth=width,
                 zorder=3,
             )
-    panel.text(0.04, 0.95, f"ECE {row['ece_uncalibrated']:.3f} → {row['ece']:.3f}", va="top", fontsize=8)
+    about = f"ECE {row['ece_uncalibrated']:.3f} → {row['ece']:.3f}"
+    panel.text(0.97, 0.24, about, ha="right", fontsize=8)
     panel.set_xlim(0, 1)
     panel.set_ylim(0, 1)
     panel.set_aspect("equal")
@@ -151,7 +152,7 @@ def confidence_decay(rows: Sequence[Row], trace: str) -> Figure:
     name, horizons = main_predictor(mine), horizons_of(mine)
     mine = select(mine, predictor=name)
     kinds = kinds_of(mine)
-    drawn, axes = panels(2.7 * len(kinds) + 1.0, 3.9, 1, len(kinds), sharey=True)
+    drawn, axes = panels(max(7.8, 2.7 * len(kinds) + 1.0), 3.9, 1, len(kinds), sharey=True)
     series = (
         ("mean_accuracy", "accuracy: share of predicted experts used", "#117733", "o", "-"),
         ("mean_confidence", "confidence after scaling", "#332288", "s", "--"),
@@ -167,7 +168,10 @@ def confidence_decay(rows: Sequence[Row], trace: str) -> Figure:
         tidy(panel, "y")
     low, high = axes[0, 0].get_ylim()
     axes[0, 0].set_ylim(max(0.0, low - 0.05), min(1.0, high + 0.05))
-    axes[0, 0].set_ylabel(f"mean over the {mine[0]['top_k']} predicted")
+    top_k = mine[0]["top_k"]
+    axes[0, 0].set_ylabel(
+        "of the predicted expert" if top_k == 1 else f"mean over the {top_k} predicted experts"
+    )
     handles, labels = axes[0, 0].get_legend_handles_labels()
     drawn.legend(
         handles,
