@@ -58,9 +58,8 @@ def layer_heat_map(rows: Sequence[Row], trace: str) -> Figure:
     for panel in axes[:, 0]:
         panel.set_yticks(range(len(horizons)), [horizon_name(h) for h in horizons])
         _mark_kinds(panel, mine, grid_HP.shape)
-    axes[-1, 0].set_xlabel(
-        "source: MoE layer whose router input is known (“id”: only the token's id is); grey: nothing ahead"
-    )
+    about = "source: MoE layer reached (“id”: only the token's id is known); grey: nothing lies ahead"
+    axes[-1, 0].set_xlabel(about, fontsize=9)
     drawn.suptitle(f"Where routing is foreseen: {trace_title(mine[0])}", fontsize=11)
     return drawn
 
