@@ -322,10 +322,12 @@ def _switch_outcome(one_hot_BTE: Tensor, weights_BT1: Tensor, logits_BTE: Tensor
     A dropped token's dispatch row is all zero, so its expert is the best of the router's probabilities,
     rounded as the router rounds them before it chooses.
     """
-    intended_BT = logits_BTE.softmax(-1).to(weights_BT1.dtype).argmax(-1)
-    executed_BT = one_hot_BTE.argmax(-1)
-    dropped_BT = one_hot_BTE.sum(-1) == 0
-    return torch.where(dropped_BT, intended_BT, executed_BT).unsqueeze(-1), dropped_BT
+    slots_BT, experts_BT = one_hot_BTE.max(-1)
+    dropped_BT = slots_BT == 0
+    if dropped_BT.any():
+        intended_N = logits_BTE[dropped_BT].softmax(-1).to(weights_BT1.dtype).argmax(-1)
+        experts_BT = experts_BT.masked_scatter(dropped_BT, intended_N)
+    return experts_BT.unsqueeze(-1), dropped_BT
 
 
 def _stack(layers: list[list[Tensor]], trailing: int) -> Tensor:
