@@ -137,6 +137,10 @@ def test_a_damaged_or_deleted_shard_is_collected_again(tmp_path: Path) -> None:
         collect(tmp_path)
         assert tree(tmp_path) == want
     file.unlink()
+    writer = TraceWriter(tmp_path, header_for({"decoder": stack_info()}), {"text": "x", "seed": 1}, 4)
+    writer.write_shard(2, {"decoder": arrays_for(stack_info(), [3, 3], 2)}, {"agree": 12})
+    with pytest.raises(TraceError, match="incomplete"):  # until finish() has said that it is whole again
+        TraceReader(tmp_path)
     collect(tmp_path)
     assert tree(tmp_path) == want
 
