@@ -26,7 +26,7 @@ export WANDB_MODE ?= offline
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
 
-.PHONY: help setup demo test test-slow lint types format docs smoke doctor wheel lock clean distclean
+.PHONY: help setup demo test test-slow lint types format docs sums smoke doctor wheel lock clean distclean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-10s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,9 +65,13 @@ format: $(STAMP)  ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix --quiet . || true
 	@$(BIN)/ruff format .
 
-docs: $(STAMP)  ## write the generated parts of README.md and docs/ anew
+docs: $(STAMP) sums  ## write the generated parts of README.md and docs/ anew
 	@$(BIN)/python -m specgate.report.readme
 	@$(BIN)/python -m specgate.report.results
+
+sums:  ## write the checksums of the bundled models and text anew
+	@cd specgate/moe/reference && find olmoe_ref switch_ref text -type f ! -name '*.md' ! -name '*.py*' \
+		| LC_ALL=C sort | xargs sha256sum > SHA256SUMS
 
 smoke: $(STAMP)  ## two training steps of every predictor on a tiny trace
 	@$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_experiments.py -k "smoke" $(ARGS)
