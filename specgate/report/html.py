@@ -37,7 +37,8 @@ CAPTIONS = {
 }
 
 STYLE = """
-:root { --ink: #1d1f23; --soft: #5b616b; --paper: #ffffff; --line: #dfe2e7; --card: #f6f7f9;
+:root { color-scheme: light dark;
+  --ink: #1d1f23; --soft: #5b616b; --paper: #ffffff; --line: #dfe2e7; --card: #f6f7f9;
   --accent: #332288; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e7e9ed; --soft: #a3a9b4; --paper: #15171b; --line: #343841; --card: #1e2127;

@@ -13,6 +13,7 @@ from specgate.report.plots import draw_all
 from specgate.report.style import traces_of
 from specgate.report.tables import (
     Table,
+    accuracy_table,
     calibration_table,
     detail_table,
     domain_table,
@@ -49,7 +50,7 @@ def publish(record: Mapping[str, Any], directory: str | Path, console: Console |
     (directory / "tables.md").write_text(text + "\n", encoding="utf-8")
     page = write_page(record, pictures, directory / "report.html")
     if console is not None:
-        console.print(tables[0].to_rich())
+        console.print(accuracy_table(record["rows"]))
         for trace in traces_of(record["rows"]):
             console.print(calibration_table(record["rows"], trace).to_rich())
     return page

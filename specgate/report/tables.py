@@ -160,8 +160,22 @@ def summary_table(rows: Sequence[Row]) -> Table:
 
 
 def accuracy_table(rows: Sequence[Row]) -> rich.table.Table:
-    """:func:`summary_table` for the terminal."""
-    return summary_table(rows).to_rich()
+    """The summary for a terminal of 80 columns: a block of rows per trace and kind of target."""
+    summary = summary_table(rows)
+    horizons = _horizons(rows)
+    names = [cell for h in horizons for cell in (f"{horizon_name(h)} %", "ECE")]
+    table = Table(summary.title, ["predictor", *names], notes=summary.notes)
+    trace = ""
+    for i, (title, target, name, *cells) in enumerate(summary.rows):
+        trace = title or trace
+        if i in summary.sections:
+            table.sections.add(len(table.rows))
+            table.rows.append([f"{trace}: {target}", *[""] * len(names)])
+        if i in summary.strong:
+            table.strong.add(len(table.rows))
+        pairs = zip(cells[: len(horizons)], cells[len(horizons) :], strict=True)
+        table.rows.append([f"  {name}", *[cell for pair in pairs for cell in pair]])
+    return table.to_rich()
 
 
 def detail_table(rows: Sequence[Row], trace: str) -> Table:

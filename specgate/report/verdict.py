@@ -35,9 +35,11 @@ def verdict(rows: Sequence[Row], trace: str, load: Mapping[str, Any] | None = No
     row = near[name]
     recall, chance = row["recall_at_k"], row["top_k"] / row["experts"]
     text = [_headline(name, recall, free, near[free]["recall_at_k"] if free else None, chance)]
+    many = f"names {percent(recall)} % of the experts that will be used among its {row['top_k']} most "
+    "probable ones"
+    one = f"names the expert that will be used in {percent(recall)} % of cases"
     text.append(
-        f"One layer ahead, {name} names {percent(recall)} % of the experts that will be used among its "
-        f"{row['top_k']} most probable ones; guessing finds {percent(chance)} %."
+        f"One layer ahead, {name} {one if row['top_k'] == 1 else many}; guessing finds {percent(chance)} %."
     )
     if ORACLE in near:
         text.append(f"The oracle, which knows the answer, finds {percent(near[ORACLE]['recall_at_k'])} %.")
