@@ -36,7 +36,7 @@ def shapes(draw: st.DrawFn) -> tuple[int, int, int, int]:
     return T, L, E, K
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     shape=shapes(),
     cuts=st.lists(st.integers(1, 40), max_size=6),
@@ -199,7 +199,7 @@ def test_routers_of_wrong_name_or_shape(tmp_path: Path, key: str, shape: tuple[i
 # --- damage ---
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_flipped_byte_is_noticed_anywhere(data: st.DataObject, two_stacks: Path) -> None:
     files = sorted(f for f in two_stacks.rglob("*") if f.is_file())
