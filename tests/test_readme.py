@@ -13,9 +13,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+
+from specgate.predictors.registry import predictor_class
+from specgate.traces.datamodule import RoutingDataModule
+from specgate.training import save_predictor
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -58,6 +63,7 @@ HOST = {"path/to/model": "{olmoe}", "path/to/texts": "{text}"}
 HELP = Run(("--help",), prints_metrics=False)
 SCRATCH = Run(prints_metrics=False, in_scratch=True)
 CONVERT = "python -m specgate.traces.convert"
+RUN = "outputs/train/2026-01-31/12-00-00"
 COMMANDS: dict[str, Make | Run] = {
     "make demo": Make(("python -m specgate.demo",), "tests/test_demo.py"),
     "make test": Make(("python -m pytest",), "tests/test_packaging.py"),
@@ -88,7 +94,9 @@ COMMANDS: dict[str, Make | Run] = {
     ),
     "python train.py model=router_residual lookahead=3 data=olmoe_ref_prefill": Run(TRAIN),
     "python train.py model=linear": Run(TRAIN, {"model=linear": "model=mlp"}),
-    "python benchmark.py mode=accuracy": Run(("paths.data={data}", "data.window=32", "threads=1")),
+    f"python benchmark.py mode=accuracy data=olmoe_ref_prefill checkpoints=[{RUN}]": Run(
+        ("paths.data={data}", "data.window=32", "threads=1"), {RUN: "{run}"}
+    ),
     f"{CONVERT} request-*.npy data/traces/mine --experts 128 --model-id me/model": SCRATCH,
     f"{CONVERT} gpt_oss_20b_decode.npz data/traces/gpt_oss_20b --experts 32 --model-id openai/gpt-oss-20b "
     "--family gpt_oss --meta gpt_oss_20b_decode.meta.json --document-key dataset,category,prompt_tokens "
@@ -158,7 +166,33 @@ def places(
         f'{{"seq": {i}, "dataset": "a", "category": "c{i}", "prompt_tokens": 9}}' for i in range(12)
     )
     (scratch / "gpt_oss_20b_decode.meta.json").write_text(f"[{meta}]")
-    return {"data": data, "scratch": scratch, "olmoe": tiny_olmoe, "text": tiny_text}
+    names = {"data": data, "scratch": scratch, "olmoe": tiny_olmoe, "text": tiny_text}
+    return {**names, "run": trained(tiny_traces["olmoe"], "prefill", tmp_path_factory.mktemp("run")).parent}
+
+
+def trained(trace: Path, phase: str, folder: Path) -> Path:
+    """A checkpoint of a predictor made for a trace, with router weights and untrained correction."""
+    data = RoutingDataModule(trace, phase=phase, window=32)
+    model = predictor_class("router_residual")(**vars(data.spec), routers=data.routers, lookahead=3)
+    return save_predictor(model, folder / "predictor.ckpt")
+
+
+def test_the_python_of_the_readme_runs(
+    tiny_traces: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    trained(tiny_traces["olmoe_decode"], "decode", tmp_path / "outputs" / "train")
+    (tmp_path / "data/traces").mkdir(parents=True)
+    (tmp_path / "data/traces/olmoe_ref_decode").symlink_to(tiny_traces["olmoe_decode"])
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    p_HE = namespace["forecast"].p_HE
+    assert p_HE.shape == (3, 8)
+    assert bool(((p_HE >= 0) & (p_HE <= 1)).all())
+    assert namespace["forecast"].next_token_H.all(), (
+        "the last token is done, so all of it lies in the next one"
+    )
 
 
 @pytest.mark.parametrize("command", [c for c, how in COMMANDS.items() if isinstance(how, Run)])
