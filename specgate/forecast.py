@@ -49,4 +49,6 @@ class Forecast:
         if any(not torch.equal(f.target_layer_H, first.target_layer_H) for f in forecasts):
             raise ValueError("merge needs forecasts with the same target layers")
         missed_HE = torch.stack([1 - f.p_HE for f in forecasts]).prod(0)
-        return Forecast(1 - missed_HE, first.target_layer_H, first.next_token_H, first.horizon_H, first.source_layer)
+        return Forecast(
+            1 - missed_HE, first.target_layer_H, first.next_token_H, first.horizon_H, first.source_layer
+        )

@@ -1,6 +1,7 @@
 """Text to trace or to train on: named documents with a domain and a split.
 
-A text file holds documents separated by a line with a form feed (``\\n\\f\\n``); ``.xz`` files are unpacked on the fly.
+A text file holds documents separated by a line with a form feed (``\\n\\f\\n``); ``.xz`` files are unpacked
+on the fly.
 The bundled text lives beside this module in ``reference/text``: one file per domain, licences in ``NOTICE``.
 """
 
@@ -21,7 +22,9 @@ BUNDLED_TEXT = Path(__file__).parent / "reference" / "text"
 
 @dataclass(frozen=True)
 class TextDocument:
-    """One document. ``split`` is fixed by the document's own text, so that copies never straddle two splits."""
+    """One document. ``split`` is fixed by the document's own text, so that copies never straddle two
+    splits.
+    """
 
     name: str
     domain: str

@@ -1,4 +1,6 @@
-"""``python -m specgate.moe.pretrain moe=switch_ref``: prepare the text, train, save, evaluate, write the model card."""
+"""``python -m specgate.moe.pretrain moe=switch_ref``: prepare the text, train, save, evaluate, write
+the model card.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ from transformers import AutoTokenizer
 
 from specgate.errors import SpecgateError
 from specgate.moe.pretrain.card import write_card
-from specgate.moe.pretrain.evaluate import evaluate, load_reference
+from specgate.moe.pretrain.evaluate import add_baselines, evaluate, load_reference
 from specgate.moe.pretrain.module import Pretraining, PretrainingData
 from specgate.moe.pretrain.tokens import Corpus, prepare
 
@@ -39,7 +41,9 @@ def train(cfg: DictConfig, corpus: Corpus, output: Path) -> dict[str, Any]:
     data = PretrainingData(
         str(corpus.directory), objective, cfg.tokens_per_step, moe["length"], steps, cfg.seed, cfg.num_workers
     )
-    saver = ModelCheckpoint(dirpath=output / "checkpoints", save_last=True, every_n_train_steps=cfg.checkpoint_steps)
+    saver = ModelCheckpoint(
+        dirpath=output / "checkpoints", save_last=True, every_n_train_steps=cfg.checkpoint_steps
+    )
     trainer = L.Trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -71,6 +75,12 @@ def train(cfg: DictConfig, corpus: Corpus, output: Path) -> dict[str, Any]:
     }
 
 
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """What the run was made with, without the paths of the machine that it ran on."""
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    return {k: v for k, v in values.items() if k not in ("corpus", "output", "progress")}
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
 def main(cfg: DictConfig) -> None:
     """Entry point; every part that is finished already is left as it is."""
@@ -82,16 +92,18 @@ def main(cfg: DictConfig) -> None:
         metrics: dict[str, Any] = json.loads(record.read_text()) if record.is_file() else {}
         if "training" not in metrics:
             metrics["training"] = train(cfg, corpus, output)
-            metrics["config"] = OmegaConf.to_container(cfg, resolve=True)
+            metrics["config"] = settings_of(cfg)
             metrics["corpus"] = {k: v for k, v in corpus.info.items() if k != "wanted"}
             _write(record, metrics)
-        device = "cuda" if torch.cuda.is_available() and cfg.accelerator != "cpu" else "cpu"
-        model = load_reference(output / "model", cfg.moe.family, device)
-        top_k = 1 if cfg.moe.family == "switch" else cfg.moe.architecture.num_experts_per_tok
-        metrics["evaluation"] = evaluate(
-            model, cfg.moe.family, corpus, top_k, cfg.evaluate.length, with_baselines=cfg.evaluate.baselines
-        )
-        _write(record, metrics)
+        if "evaluation" not in metrics:
+            device = "cuda" if torch.cuda.is_available() and cfg.accelerator != "cpu" else "cpu"
+            model = load_reference(output / "model", cfg.moe.family, device)
+            top_k = 1 if cfg.moe.family == "switch" else cfg.moe.architecture.num_experts_per_tok
+            metrics["evaluation"] = evaluate(model, cfg.moe.family, corpus, top_k, cfg.evaluate.length)
+            _write(record, metrics)
+        if cfg.evaluate.baselines:
+            add_baselines(metrics["evaluation"]["loss"], cfg.moe.family, corpus, cfg.evaluate.length)
+            _write(record, metrics)
         write_card(metrics, output / "model" / "README.md")
     except SpecgateError as err:
         sys.exit(f"error: {err}")

@@ -41,13 +41,15 @@ def write_card(metrics: dict[str, Any], path: Path) -> None:
         "",
         moe["description"].strip(),
         "",
-        "It exists to give real, reproducible expert routing on machines without network or GPU. It is no assistant: it",
-        "was trained for minutes, on text of the past or of programs, and its continuations mean nothing.",
+        "It exists to give real, reproducible expert routing on machines without network or GPU. It is no",
+        "assistant: it was trained for minutes, on text of the past or of programs, and its continuations",
+        "mean nothing.",
         "",
         "## Recipe",
-        f"`python -m specgate.moe.pretrain moe={name}`: {training['tokens']:,} tokens in {training['steps']:,} steps of "
-        f"about {config['tokens_per_step']:,} on one {training['device']}, {config['precision']}; AdamW, learning rate "
-        f"{optimiser['lr']}, cosine decay; balance loss {optimiser['balance']} and z-loss {optimiser['z']} on each layer; "
+        f"`python -m specgate.moe.pretrain moe={name}`: {training['tokens']:,} tokens in "
+        f"{training['steps']:,} steps of about {config['tokens_per_step']:,} on one {training['device']}, "
+        f"{config['precision']}; AdamW, learning rate {optimiser['lr']}, cosine decay; balance loss "
+        f"{optimiser['balance']} and z-loss {optimiser['z']} on each layer; "
         f"seed {config['seed']}; {training['parameters']:,} parameters, saved in bfloat16.",
         "",
         "```yaml",
@@ -56,12 +58,16 @@ def write_card(metrics: dict[str, Any], path: Path) -> None:
         "```",
         "",
         "## Data",
-        f"{total:,} distinct training tokens (byte-level BPE learned on the same text). {corpus['left_out_as_copies']} of "
-        f"{corpus['documents']} documents were left out because they also stand in the text that is traced later.",
+        f"{total:,} distinct training tokens (byte-level BPE learned on the same text). "
+        f"{corpus['left_out_as_copies']} of {corpus['documents']} documents were left out because they also "
+        "stand in the text that is traced later.",
         "",
         "| domain | licence | training tokens |",
         "|---|---|---|",
-        *(f"| {d} | {LICENCES.get(d, 'see its source')} | {n:,} |" for d, n in corpus["train_tokens"].items()),
+        *(
+            f"| {d} | {LICENCES.get(d, 'see its source')} | {n:,} |"
+            for d, n in corpus["train_tokens"].items()
+        ),
         "",
         "## Held-out loss (nats per token)",
     ]
@@ -76,8 +82,8 @@ def write_card(metrics: dict[str, Any], path: Path) -> None:
         "The 4-gram model is interpolated with absolute discounting and counted on all training tokens.",
         "",
         "## Expert load on held-out text",
-        "Entropy of the load of each layer over its maximum (1 is perfectly balanced), and the share of choices that always",
-        "naming the most popular experts foresees.",
+        "Entropy of the load of each layer over its maximum (1 is perfectly balanced), and the share of choices",
+        "that always naming the most popular experts foresees.",
         "",
         "| MoE layer | load entropy | popularity recall@K |",
         "|---|---|---|",

@@ -1,4 +1,5 @@
-"""What a reference MoE has learned: held-out loss per domain, balance per layer, how far popularity foresees its routing.
+"""What a reference MoE has learned: held-out loss per domain, balance per layer, how far popularity
+foresees its routing.
 
 Letters: W windows, T tokens, E experts, K experts per token.
 """
@@ -20,6 +21,8 @@ from specgate.moe.pretrain.ngram import NGram
 from specgate.moe.pretrain.objectives import Batch, causal, prefix_lm
 from specgate.moe.pretrain.tokens import Corpus
 
+WINDOWS = 250  # held-out windows of each domain
+
 
 def baselines(corpus: Corpus) -> dict[str, dict[str, np.ndarray]]:
     """Log-probabilities (nats) of the held-out tokens under a unigram and a 4-gram model, per domain.
@@ -36,6 +39,33 @@ def baselines(corpus: Corpus) -> dict[str, dict[str, np.ndarray]]:
         np.savez(path, **found)  # type: ignore[arg-type]
     kept = np.load(path)
     return {d: {m: kept[f"{d}/{m}"] for m in ("unigram", "4-gram")} for d in corpus.heldout}
+
+
+def window_of(family: str, length: int) -> tuple[int, int]:
+    """Tokens of a held-out window, and how many of them lead in without being scored."""
+    return (2 * length, length) if family == "switch" else (length + 1, 1)
+
+
+def add_baselines(
+    loss: dict[str, dict[str, float]],
+    family: str,
+    corpus: Corpus,
+    length: int = 128,
+    windows_per_domain: int = WINDOWS,
+) -> None:
+    """Adds the unigram and 4-gram losses on exactly the tokens that :func:`evaluate` scored.
+
+    Args:
+        loss: the ``loss`` that :func:`evaluate` returned; changed in place.
+        family, corpus, length, windows_per_domain: as given there.
+    """
+    width, lead = window_of(family, length)
+    for domain, models in baselines(corpus).items():
+        n = min(len(corpus.heldout[domain]) // width, windows_per_domain)
+        for name, logp_N in models.items():
+            if n:
+                scored = logp_N[: n * width].reshape(n, width)[:, lead:]
+                loss[domain][name] = -float(scored.astype(np.float64).mean())
 
 
 def load_reference(directory: Path, family: str, device: str = "cpu") -> nn.Module:
@@ -60,8 +90,7 @@ def evaluate(
     top_k: int,
     length: int = 128,
     rows: int = 32,
-    windows_per_domain: int = 250,
-    with_baselines: bool = True,
+    windows_per_domain: int = WINDOWS,
 ) -> dict[str, Any]:
     """Held-out loss and routing statistics.
 
@@ -73,16 +102,13 @@ def evaluate(
         length: tokens scored per window; Switch reads as many before them.
         rows: windows per batch.
         windows_per_domain: at most so many windows of each domain.
-        with_baselines: also score the unigram and 4-gram models.
 
     Returns:
-        ``loss``: nats per token for each domain (model, and the baselines on the same tokens); ``load_entropy``: per
+        ``loss``: nats per token for each domain; ``load_entropy``: per
         MoE layer (Switch: the encoder's layers, then the decoder's), domains weighted equally;
         ``popularity_recall``: recall@K per layer of always naming the K experts most used in training text.
     """
-    width = 2 * length if family == "switch" else length + 1
-    lead = length if family == "switch" else 1  # tokens of a window that are not scored
-    grams = baselines(corpus) if with_baselines else {}
+    width, lead = window_of(family, length)
 
     def batch_of(window_WT: np.ndarray) -> Batch:
         return prefix_lm(window_WT, length) if family == "switch" else causal(window_WT)
@@ -90,7 +116,9 @@ def evaluate(
     rng = np.random.default_rng(0)
     start = rng.integers(0, len(corpus.train_N) - width, (windows_per_domain, 1)) + np.arange(width)
     train_WT = np.asarray(corpus.train_N)[start].astype(np.int64)
-    popular = _counts(model, [batch_of(train_WT[i : i + rows]) for i in range(0, len(train_WT), rows)], top_k)[1]
+    popular = _counts(
+        model, [batch_of(train_WT[i : i + rows]) for i in range(0, len(train_WT), rows)], top_k
+    )[1]
     loss: dict[str, dict[str, float]] = {}
     shares: list[list[Tensor]] = []
     for domain, tokens in track(sorted(corpus.heldout.items()), description="held-out domains"):
@@ -100,8 +128,6 @@ def evaluate(
         tokens_WT = tokens[: n * width].reshape(n, width).astype(np.int64)
         nll, counts = _counts(model, [batch_of(tokens_WT[i : i + rows]) for i in range(0, n, rows)], top_k)
         loss[domain] = {"model": float(nll.double().mean()), "tokens": n * (width - lead)}
-        for name, logp in grams.get(domain, {}).items():
-            loss[domain][name] = -float(logp[: n * width].reshape(n, width)[:, lead:].astype(np.float64).mean())
         shares.append([c / c.sum() for c in counts])
     layers = [torch.stack(s).mean(0) for s in zip(*shares, strict=True)]
     recall = [float(s[p.topk(top_k).indices].sum()) for s, p in zip(layers, popular, strict=True)]
@@ -119,5 +145,7 @@ def _counts(model: nn.Module, batches: list[Batch], top_k: int) -> tuple[Tensor,
     for batch in batches:
         nll, routed = _run(model, batch)
         nlls.append(nll.cpu())
-        counts.append([torch.bincount(r.topk(top_k).indices.flatten().cpu(), minlength=r.shape[-1]) for r in routed])
+        counts.append(
+            [torch.bincount(r.topk(top_k).indices.flatten().cpu(), minlength=r.shape[-1]) for r in routed]
+        )
     return torch.cat(nlls), [torch.stack(c).sum(0).double() for c in zip(*counts, strict=True)]

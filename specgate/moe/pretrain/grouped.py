@@ -1,7 +1,9 @@
 """All experts of a layer in two grouped matrix products, for training on a GPU.
 
-transformers runs Switch's experts one after another and OLMoE's in float32 when the weights are kept in float32; here the
-tokens are sorted by expert and both products run as one kernel each in bfloat16. The values agree with the originals up to
+transformers runs Switch's experts one after another and OLMoE's in float32 when the weights are kept in
+float32; here the
+tokens are sorted by expert and both products run as one kernel each in bfloat16. The values agree with the
+originals up to
 rounding (tested).
 
 Letters: N tokens, D hidden size, I expert width, E experts, K experts per token.
@@ -18,12 +20,18 @@ from torch import Tensor, nn
 
 
 def grouped_experts(
-    x_ND: Tensor, ids_NK: Tensor, weights_NK: Tensor, up_EID: Tensor, down_EDI: Tensor, act: Callable[[Tensor], Tensor]
+    x_ND: Tensor,
+    ids_NK: Tensor,
+    weights_NK: Tensor,
+    up_EID: Tensor,
+    down_EDI: Tensor,
+    act: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Sum over a token's experts of weight * down(act(up(x))).
 
     Shapes:
-        x_ND: ``[N, D]``; ids_NK, weights_NK: ``[N, K]``; up_EID: ``[E, I', D]`` (I' = 2 I where ``act`` gates);
+        x_ND: ``[N, D]``; ids_NK, weights_NK: ``[N, K]``; up_EID: ``[E, I', D]`` (I' = 2 I where ``act``
+        gates);
         down_EDI: ``[E, D, I]``; output: ``[N, D]`` in the dtype of ``x_ND``.
     """
     N, K = ids_NK.shape
@@ -42,8 +50,8 @@ def _switch_forward(self: nn.ModuleDict, hidden_ND: Tensor, mask_N1E: Tensor, we
     mask_NE = mask_N1E[:, 0]
     kept_N1 = mask_NE.sum(-1, keepdim=True).to(weights_N1.dtype)  # zero where capacity dropped the token
     experts = [self[f"expert_{e}"] for e in range(mask_NE.shape[-1])]
-    up = torch.stack([e.wi.weight for e in experts])  # type: ignore[union-attr]
-    down = torch.stack([e.wo.weight for e in experts])  # type: ignore[union-attr]
+    up = torch.stack([e.wi.weight for e in experts])  # type: ignore[union-attr, misc]
+    down = torch.stack([e.wo.weight for e in experts])  # type: ignore[union-attr, misc]
     act = experts[0].act
     return grouped_experts(hidden_ND, mask_NE.argmax(-1, keepdim=True), weights_N1 * kept_N1, up, down, act)  # type: ignore[arg-type]
 

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from transformers import OlmoeConfig, OlmoeForCausalLM, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from transformers import (
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 
 from specgate.errors import ConfigError
 from specgate.moe.pretrain.grouped import grouped
@@ -72,14 +77,18 @@ def load_entropy(counts_E: Tensor) -> float:
 
 
 class Pretraining(L.LightningModule):
-    """Pre-trains one reference MoE with cross entropy, a balance loss per layer and a router z-loss (Zoph et al. 2022).
+    """Pre-trains one reference MoE with cross entropy, a balance loss per layer and a router z-loss (Zoph
+    et al. 2022).
 
     Args:
         family: ``switch`` or ``olmoe``.
         architecture: keyword arguments of the transformers configuration.
-        lr, weight_decay, warmup_steps, total_steps, final_lr: AdamW with warm-up and cosine decay to ``final_lr * lr``.
+        lr, weight_decay, warmup_steps, total_steps, final_lr: AdamW with warm-up and cosine decay to
+        ``final_lr * lr``.
         balance, z: weights of the auxiliary losses, summed over layers.
     """
+
+    tokens_seen: Tensor
 
     def __init__(
         self,
@@ -116,10 +125,13 @@ class Pretraining(L.LightningModule):
         self.tokens_seen += sum(v.numel() for k, v in batch.items() if k != "labels")
         if self.global_step % 50 == 0:
             entropy = [
-                load_entropy(F.one_hot(r.topk(self.top_k).indices, r.shape[-1]).sum((0, 1)).cpu()) for r in routed
+                load_entropy(F.one_hot(r.topk(self.top_k).indices, r.shape[-1]).sum((0, 1)).cpu())
+                for r in routed
             ]
             self.log_dict(
-                {"loss": ce.detach(), "aux": aux.detach(), "entropy_min": min(entropy)}, prog_bar=True, logger=True
+                {"loss": ce.detach(), "aux": aux.detach(), "entropy_min": min(entropy)},
+                prog_bar=True,
+                logger=True,
             )
         return ce + aux
 
@@ -140,7 +152,10 @@ class Pretraining(L.LightningModule):
         h = self.hparams
         matrices = [p for p in self.parameters() if p.ndim >= 2]
         vectors = [p for p in self.parameters() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": h["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": h["weight_decay"]},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         optimizer = torch.optim.AdamW(groups, lr=h["lr"], betas=(0.9, 0.95), eps=1e-8)
 
         def rate(step: int) -> float:
@@ -182,7 +197,7 @@ class PretrainingData(L.LightningDataModule):
         from tokenizers import Tokenizer
 
         h = self.hparams
-        tokenizer = Tokenizer.from_file(str(self.corpus.directory / "tokenizer" / "tokenizer.json"))
+        tokenizer: Any = Tokenizer.from_file(str(self.corpus.directory / "tokenizer" / "tokenizer.json"))
         sentinels = [tokenizer.token_to_id(s) for s in SENTINELS]
         steps = Steps(
             self.corpus.train_N,

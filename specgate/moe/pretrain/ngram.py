@@ -28,7 +28,9 @@ class NGram:
         self.order, self.vocab_size = order, vocab_size
         self.bits = max(1, int(vocab_size - 1).bit_length())
         if self.bits * order > 64 or len(tokens_N) < order:
-            raise ValueError(f"order {order} over {vocab_size} ids and {len(tokens_N)} tokens cannot be counted")
+            raise ValueError(
+                f"order {order} over {vocab_size} ids and {len(tokens_N)} tokens cannot be counted"
+            )
         self.unigram_V = np.bincount(tokens_N, minlength=vocab_size).astype(np.float64)
         self.tables = [self._count(self._pack(tokens_N, n)) for n in range(2, order + 1)]
 
@@ -36,14 +38,22 @@ class NGram:
         """Every n-gram as one integer, its last token in the lowest bits: ``[N - n + 1]`` uint64."""
         packed = np.zeros(len(tokens_N) - n + 1, np.uint64)
         for i in range(n):
-            packed = (packed << np.uint64(self.bits)) | tokens_N[i : len(tokens_N) - n + 1 + i].astype(np.uint64)
+            packed = (packed << np.uint64(self.bits)) | tokens_N[i : len(tokens_N) - n + 1 + i].astype(
+                np.uint64
+            )
         return packed
 
     def _count(self, packed: np.ndarray) -> tuple[np.ndarray, ...]:
         grams_G, counts_G = np.unique(packed, return_counts=True)
         contexts = grams_G >> np.uint64(self.bits)
         first = np.flatnonzero(np.concatenate([[True], contexts[1:] != contexts[:-1]]))
-        return grams_G, counts_G, contexts[first], np.add.reduceat(counts_G, first), np.diff([*first, len(grams_G)])
+        return (
+            grams_G,
+            counts_G,
+            contexts[first],
+            np.add.reduceat(counts_G, first),
+            np.diff([*first, len(grams_G)]),
+        )
 
     @staticmethod
     def _find(table: np.ndarray, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
@@ -71,7 +81,9 @@ class NGram:
             known = norm > 0
             safe = np.maximum(norm, 1)
             lower = p_M[n - 1 :]
-            p_M[n - 1 :] = np.where(known, np.maximum(count - DISCOUNT, 0) / safe + DISCOUNT * kinds / safe * lower, lower)
+            p_M[n - 1 :] = np.where(
+                known, np.maximum(count - DISCOUNT, 0) / safe + DISCOUNT * kinds / safe * lower, lower
+            )
         return np.log(p_M)
 
     def unigram_log_probs(self, tokens_M: np.ndarray) -> np.ndarray:

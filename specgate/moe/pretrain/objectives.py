@@ -1,7 +1,9 @@
 """What the reference models learn: next tokens (OLMoE), span corruption and prefix continuation (Switch).
 
-A batch is a function of (seed, step) alone, so that an interrupted run goes on with exactly the batches it would have seen.
-All rows of a batch have the same lengths: no padding, because Switch's routers would count it against their capacity.
+A batch is a function of (seed, step) alone, so that an interrupted run goes on with exactly the batches it
+would have seen.
+All rows of a batch have the same lengths: no padding, because Switch's routers would count it against their
+capacity.
 
 Letters: B rows, W window, N stream tokens, S encoder tokens, T decoder tokens.
 """
@@ -37,7 +39,8 @@ def prefix_lm(window_BW: np.ndarray, prefix: int, start_id: int = 0) -> Batch:
 def span_corruption(
     window_BW: np.ndarray, sentinels: list[int], eos_id: int, rng: np.random.Generator, start_id: int = 0
 ) -> Batch:
-    """15 % of the tokens in spans of mean length 3 are replaced by sentinels and asked for (Raffel et al. 2020).
+    """15 % of the tokens in spans of mean length 3 are replaced by sentinels and asked for (Raffel et al.
+    2020).
 
     Shapes:
         window_BW: ``[B, W]`` with W >= 16.
@@ -46,7 +49,9 @@ def span_corruption(
     B, W = window_BW.shape
     noise = max(1, round(0.15 * W))
     spans = min(max(1, round(noise / 3)), len(sentinels), noise, W - noise)
-    lengths_B2S = np.stack([_composition(W - noise, spans, B, rng), _composition(noise, spans, B, rng)], axis=2)
+    lengths_B2S = np.stack(
+        [_composition(W - noise, spans, B, rng), _composition(noise, spans, B, rng)], axis=2
+    )
     ends = lengths_B2S.reshape(B, 2 * spans).cumsum(1)
     segment_BW = (np.arange(W)[None, :, None] >= ends[:, None, :]).sum(2)  # 0, 1, 2, ...: odd ones are noise
     is_noise = segment_BW % 2 == 1
@@ -101,7 +106,12 @@ class Steps(Dataset[Batch]):
         eos_id: int,
         seed: int = 0,
     ) -> None:
-        self.stream_N, self.objective, self.tokens_per_step, self.length = stream_N, objective, tokens_per_step, length
+        self.stream_N, self.objective, self.tokens_per_step, self.length = (
+            stream_N,
+            objective,
+            tokens_per_step,
+            length,
+        )
         self.sentinels, self.eos_id, self.seed = sentinels, eos_id, seed
 
     def __getitem__(self, step: int) -> Batch:
@@ -118,7 +128,9 @@ class Steps(Dataset[Batch]):
 
 
 class FromStep(Sampler[int]):
-    """Steps ``start`` to ``total`` of a run; its length is the whole run's, as a resumed Lightning epoch expects."""
+    """Steps ``start`` to ``total`` of a run; its length is the whole run's, as a resumed Lightning
+    epoch expects.
+    """
 
     def __init__(self, start: int, total: int) -> None:
         self.start, self.total = start, total

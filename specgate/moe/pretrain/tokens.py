@@ -1,7 +1,9 @@
 """Tokeniser and token streams for pre-training.
 
-A prepared corpus is a directory: ``tokenizer/`` (transformers files), ``train.bin`` (uint16 token ids, documents joined by
-the end-of-text token, order shuffled), ``heldout.npz`` (token ids per domain) and ``corpus.json`` (what went in).
+A prepared corpus is a directory: ``tokenizer/`` (transformers files), ``train.bin`` (uint16 token ids,
+documents joined by
+the end-of-text token, order shuffled), ``heldout.npz`` (token ids per domain) and ``corpus.json`` (what
+went in).
 
 Letters: N tokens.
 """
@@ -82,10 +84,13 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-def without_copies(documents: list[TextDocument], traced: list[TextDocument], share: float) -> list[TextDocument]:
+def without_copies(
+    documents: list[TextDocument], traced: list[TextDocument], share: float
+) -> list[TextDocument]:
     """Leaves out the documents of which more than ``share`` of the long lines also stand in ``traced``.
 
-    So that the routing traces come from text the model has never seen. Lines that more than eight documents have in
+    So that the routing traces come from text the model has never seen. Lines that more than eight documents
+    have in
     common (licence headers) tell nothing and do not count.
     """
     seen: Counter[int] = Counter()
@@ -96,12 +101,16 @@ def without_copies(documents: list[TextDocument], traced: list[TextDocument], sh
         seen.update(lines)
     theirs = {hash(line) for d in traced for s in d.text.split("\n") if len(line := s.strip()) >= LINE}
     theirs = {h for h in theirs if 0 < seen[h] <= 8}
-    return [d for d, lines in zip(documents, lines_of, strict=True) if len(lines & theirs) <= share * len(lines)]
+    return [
+        d for d, lines in zip(documents, lines_of, strict=True) if len(lines & theirs) <= share * len(lines)
+    ]
 
 
 def encode(tokenizer: Tokenizer, documents: list[TextDocument]) -> list[np.ndarray]:
     """Token ids of each document, the end-of-text token last."""
-    pieces = [(i, d.text[j : j + PIECE]) for i, d in enumerate(documents) for j in range(0, len(d.text), PIECE)]
+    pieces = [
+        (i, d.text[j : j + PIECE]) for i, d in enumerate(documents) for j in range(0, len(d.text), PIECE)
+    ]
     parts: list[list[np.ndarray]] = [[] for _ in documents]
     for start in range(0, len(pieces), 512):
         chunk = pieces[start : start + 512]
@@ -114,7 +123,8 @@ def encode(tokenizer: Tokenizer, documents: list[TextDocument]) -> list[np.ndarr
 def split_heldout(
     documents: list[TextDocument], characters: int, seed: int
 ) -> tuple[list[TextDocument], dict[str, list[TextDocument]]]:
-    """Sets whole documents of each domain aside until ``characters`` are held out, never more than a fifth of the domain.
+    """Sets whole documents of each domain aside until ``characters`` are held out, never more than a fifth
+    of the domain.
 
     A held-out document longer than that is cut; its rest is not trained on either.
     """
@@ -126,7 +136,9 @@ def split_heldout(
     for domain, docs in by_domain.items():
         docs = sorted(docs, key=lambda d: d.name)
         rng.shuffle(docs)
-        docs.sort(key=lambda d: len(d.text) > 4 * characters)  # a whole library is not spent on one held-out book
+        docs.sort(
+            key=lambda d: len(d.text) > 4 * characters
+        )  # a whole library is not spent on one held-out book
         budget = min(characters, sum(len(d.text) for d in docs) // 5)
         aside: list[TextDocument] = []
         while len(docs) > 1 and sum(len(d.text) for d in aside) < budget:
@@ -162,7 +174,8 @@ def prepare(
         seed: of the held-out choice, the vocabulary sample and the document order.
 
     Raises:
-        TextError: if there is no text, the vocabulary does not fit 16 bits, or the directory holds another corpus.
+        TextError: if there is no text, the vocabulary does not fit 16 bits, or the directory holds another
+        corpus.
     """
     directory = Path(directory)
     wanted = {
@@ -224,6 +237,8 @@ def load(directory: str | Path, wanted: dict | None = None) -> Corpus:
         raise TextError(f"No prepared corpus in {directory}; run the preparation first.")
     info = json.loads((directory / "corpus.json").read_text())
     if wanted is not None and info["wanted"] != wanted:
-        raise TextError(f"{directory} holds a corpus prepared with {info['wanted']}; remove it or choose another cache.")
-    heldout = {k: v for k, v in np.load(directory / "heldout.npz").items()}
+        raise TextError(
+            f"{directory} holds a corpus prepared with {info['wanted']}; remove it or choose another cache."
+        )
+    heldout = dict(np.load(directory / "heldout.npz").items())
     return Corpus(directory, np.memmap(directory / "train.bin", dtype=np.uint16, mode="r"), heldout, info)
