@@ -41,7 +41,7 @@ class Settings:
         hidden_layers: MoE layers of each stack whose hidden states are kept; all of them when None.
         control: recompute ``all`` decisions by hand, those of a ``sample`` of the batches, or ``none``.
         temperature: of sampling while decoding; 0 takes the likeliest token.
-        shard_sequences: sequences per shard (rounded up to whole batches): what a kill may cost.
+        shard_sequences: sequences per shard at most (in whole batches): what a kill may cost.
         seed: of the choice of windows and of sampling.
     """
 
@@ -78,14 +78,11 @@ class Settings:
     def of(cls, values: Mapping[str, Any]) -> Settings:
         """The settings among the values of a configuration."""
         chosen = {name: values[name] for name in cls.__dataclass_fields__}
+        if chosen["batch_size"] is None:
+            chosen["batch_size"] = 64 if chosen["phase"] == "decode" else 16
         if chosen["hidden_layers"] is not None:
             chosen["hidden_layers"] = tuple(int(layer) for layer in chosen["hidden_layers"])
         return cls(**chosen)
-
-    @property
-    def batches_per_shard(self) -> int:
-        """Batches that share a shard."""
-        return -(-self.shard_sequences // self.batch_size)
 
 
 @dataclass
@@ -156,7 +153,8 @@ class BatchRunner:
             self.settings.control == "sample" and number % SAMPLED == 0
         )
         recorder = self.recorder if checked else self._unchecked
-        with torch.no_grad(), recorder:
+        devices = [self.host.device] if self.host.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices), recorder:
             torch.manual_seed(_seed(self.settings.seed, number))
             run = self._prefill if self.settings.phase == "prefill" else self._decode
             found = run(recorder, windows)

@@ -26,6 +26,7 @@ from specgate.moe.windows import Window, cut_prompts, cut_windows, select, token
 from specgate.traces.schema import Document, StackInfo, TraceHeader, expert_dtype
 from specgate.traces.store import StackArrays
 
+SHARD_BYTES = 256_000_000  # a shard is held in memory until it is written
 SLACK = 1.05  # disk space asked for, over what the arrays take
 
 
@@ -39,6 +40,7 @@ class Job:
         plan: what determines the trace, plain JSON.
         tokens: tokens per stack (an upper bound while decoding: a text may end early).
         bytes: size of the arrays on disk (likewise).
+        batches_per_shard: batches that share a shard, as many as fit SHARD_BYTES.
     """
 
     runner: BatchRunner
@@ -47,11 +49,12 @@ class Job:
     plan: dict[str, Any]
     tokens: dict[str, int]
     bytes: int
+    batches_per_shard: int
 
     @property
     def num_shards(self) -> int:
         """How many shards the trace has."""
-        return -(-self.num_batches // self.runner.settings.batches_per_shard)
+        return -(-self.num_batches // self.batches_per_shard)
 
     @property
     def num_batches(self) -> int:
@@ -60,7 +63,7 @@ class Job:
 
     def batches_of(self, shard: int) -> range:
         """Numbers of the batches that make a shard."""
-        per = self.runner.settings.batches_per_shard
+        per = self.batches_per_shard
         return range(shard * per, min((shard + 1) * per, self.num_batches))
 
     def batch(self, number: int) -> list[Window]:
@@ -124,7 +127,9 @@ def prepare(host: Host, documents: list[TextDocument], settings: Settings) -> Jo
             "specgate": specgate.__version__,
         },
     }
-    return Job(runner, windows, header, plan, tokens, size)
+    per_batch = max(1, settings.batch_size * size // len(windows))
+    per_shard = min(-(-settings.shard_sequences // settings.batch_size), max(1, SHARD_BYTES // per_batch))
+    return Job(runner, windows, header, plan, tokens, size, per_shard)
 
 
 def _fingerprint(windows: list[Window], ids: list[Any], prefix: list[int]) -> str:

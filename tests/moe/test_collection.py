@@ -214,3 +214,19 @@ def load_family(name: str) -> Any:
     from specgate.moe.families import FAMILIES
 
     return FAMILIES[name]
+
+
+def test_shards_stay_small_enough_for_memory(hosts: Hosts, documents: Texts, monkeypatch: Patch) -> None:
+    assert planning.prepare(hosts["olmoe"], documents, PREFILL).num_shards == 4
+    monkeypatch.setattr(planning, "SHARD_BYTES", 10)
+    job = planning.prepare(hosts["olmoe"], documents, PREFILL)
+    assert job.num_shards == job.num_batches == 8
+    assert [list(job.batches_of(i)) for i in range(8)] == [[i] for i in range(8)]
+
+
+def test_collecting_leaves_the_random_state_alone(hosts: Hosts, documents: Texts, tmp_path: Path) -> None:
+    torch.manual_seed(11)
+    expected = torch.rand(3)
+    torch.manual_seed(11)
+    collect(hosts["olmoe"], documents, replace(DECODE, sequences=4), tmp_path / "t", QUIET)
+    assert torch.equal(torch.rand(3), expected)
