@@ -8,9 +8,7 @@ from pathlib import Path
 import hydra
 import lightning as L
 import torch
-import wandb
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -28,14 +26,14 @@ def train(cfg: DictConfig, console: Console) -> float | None:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    data = instantiate(cfg.data, _convert_="all")
+    data = training.make(cfg.data)
     predictor = training.build_predictor(cfg.model, data, cfg.lookahead)
     trainer = training.build_trainer(cfg, predictor.learned)
     training.fit(trainer, predictor, data, cfg.ckpt_path)
     if not trainer.is_global_zero:
         return None
     device = trainer.strategy.root_device
-    fitted = instantiate(cfg.calibration)(predictor, data.val_dataloader(), device)
+    fitted = training.make(cfg.calibration)(predictor, data.val_dataloader(), device)
     splits = ["validation", *(["test"] if cfg.test else [])]
     rows = [row for split in splits for row in evaluate_data(predictor, data, split=split, device=device)]
     checkpoint = training.save_predictor(predictor, folder / "predictor.ckpt")
@@ -64,7 +62,8 @@ def main(cfg: DictConfig) -> float | None:
         Console(stderr=True).print(str(error), style="bold red", markup=False)
         sys.exit(1)
     finally:
-        wandb.finish()  # or the jobs of a sweep would become one run
+        if "wandb" in sys.modules:  # or the jobs of a sweep would become one run
+            sys.modules["wandb"].finish()
 
 
 if __name__ == "__main__":

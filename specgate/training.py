@@ -15,12 +15,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig, OmegaConf
 
 from specgate.calibration.load import read_checkpoint
-from specgate.errors import ConfigError
+from specgate.errors import ConfigError, SpecgateError
 from specgate.predictors.base import Predictor
 from specgate.traces.datamodule import RoutingDataModule
 
@@ -53,6 +54,17 @@ class KeepLast(L.Callback):
             )
 
 
+def make(cfg: DictConfig, **kwargs: Any) -> Any:
+    """``instantiate`` with plain lists and dicts; an error of the user's is raised as itself, not as
+    Hydra's."""
+    try:
+        return instantiate(cfg, _convert_="all", **kwargs)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, SpecgateError):
+            raise error.__cause__ from None
+        raise
+
+
 def norm_eps(data: RoutingDataModule) -> float:
     """The epsilon of the host's norms as its trace records it, 1e-6 if it does not."""
     rules = data.readers[0].header.extra.get("routing_rules", {})
@@ -71,9 +83,11 @@ def build_predictor(cfg: DictConfig, data: RoutingDataModule, lookahead: int) ->
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     if not isinstance(values, dict) or "_target_" not in values:
         raise ConfigError("model names no class: choose one of conf/model, e.g. model=router_residual")
-    cls = get_class(values["_target_"])
+    cls = get_class(values.pop("_target_"))
+    if not issubclass(cls, Predictor):
+        raise ConfigError(f"{cls.__name__} is not a predictor: see docs/adding-a-predictor.md")
     spec = data.spec
-    fields = {
+    fields: dict[str, Any] = {
         "layers": spec.layers,
         "experts": spec.experts,
         "top_k": spec.top_k,
@@ -82,14 +96,9 @@ def build_predictor(cfg: DictConfig, data: RoutingDataModule, lookahead: int) ->
         "hidden_size": spec.hidden_size,
         "lookahead": lookahead,
     }
-    if getattr(cls, "uses_routers", False) and spec.hidden_size is not None:
+    if cls.uses_routers and spec.hidden_size is not None:
         fields |= {"routers": data.routers, "norm_eps": norm_eps(data)}
-    predictor = instantiate(values, **fields, _convert_="all")
-    if not isinstance(predictor, Predictor):
-        raise ConfigError(
-            f"model._target_={values['_target_']} is not a predictor: see docs/adding-a-predictor.md"
-        )
-    return predictor
+    return cls(**(values | fields))
 
 
 def build_trainer(cfg: DictConfig, learned: bool) -> L.Trainer:
@@ -101,8 +110,8 @@ def build_trainer(cfg: DictConfig, learned: bool) -> L.Trainer:
     """
     chosen = cfg.get("callbacks") or {}
     plain = ("progress",) if not learned else tuple(chosen)
-    callbacks = [instantiate(chosen[key], _convert_="all") for key in plain if chosen.get(key)]
-    loggers = [instantiate(one, _convert_="all") for one in (cfg.get("logger") or {}).values() if one]
+    callbacks = [make(chosen[key]) for key in plain if chosen.get(key)]
+    loggers = [make(one) for one in (cfg.get("logger") or {}).values() if one]
     overrides: dict[str, Any] = {}
     if not learned:
         overrides = {"max_epochs": 1, "max_steps": -1, "devices": 1, "strategy": "auto"}
@@ -115,9 +124,7 @@ def build_trainer(cfg: DictConfig, learned: bool) -> L.Trainer:
         )
     if not any(isinstance(c, ModelCheckpoint) for c in callbacks):
         overrides["enable_checkpointing"] = False
-    trainer: L.Trainer = instantiate(
-        cfg.trainer, callbacks=callbacks, logger=loggers or False, **overrides, _convert_="all"
-    )
+    trainer: L.Trainer = make(cfg.trainer, callbacks=callbacks, logger=loggers or False, **overrides)
     return trainer
 
 
@@ -139,6 +146,9 @@ def fit(trainer: L.Trainer, predictor: Predictor, data: RoutingDataModule, ckpt_
     if best and Path(best).is_file():
         predictor.load_state_dict(read_checkpoint(Path(best))["state_dict"])
     predictor.eval()
+    if torch.distributed.is_initialized():  # what follows is rank 0's alone
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def save_predictor(predictor: Predictor, path: Path) -> Path:

@@ -258,7 +258,9 @@ class Predictor(L.LightningModule):
         per_sequence = batch.valid_BT.shape[1] * (self.layers + 1) * self.lookahead * self.experts
         return batch_chunks(batch, max(1, self.max_logits // per_sequence))
 
-    def _loss_of(self, batch: RoutingBatch) -> Tensor:
+    def training_loss(self, batch: RoutingBatch) -> Tensor:
+        """What training minimises, summed over the batch's valid cells; :meth:`loss` unless a subclass adds
+        to it."""
         return self.loss(self(batch), *targets(batch, self.lookahead))
 
     def training_step(self, batch: RoutingBatch, batch_idx: int) -> Tensor | None:
@@ -270,9 +272,9 @@ class Predictor(L.LightningModule):
             return None
         chunks = self._chunks(batch)
         if len(chunks) == 1:
-            total = self._loss_of(batch)
+            total = self.training_loss(batch)
         else:
-            parts = [checkpoint(self._loss_of, chunk, use_reentrant=False) for chunk in chunks]
+            parts = [checkpoint(self.training_loss, chunk, use_reentrant=False) for chunk in chunks]
             total = torch.stack([part for part in parts if isinstance(part, Tensor)]).sum()
         loss = total / cells
         self.log("train/loss", loss, prog_bar=True)

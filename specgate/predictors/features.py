@@ -13,7 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from specgate.predictors.layers import PointAttention
 from specgate.traces.batch import RoutingBatch
+
+HEAD_WIDTH = 16
 
 TOKEN_GAIN = 4.0
 """Token embeddings are stored this much smaller than they are used: Adam then moves a rare id's embedding as
@@ -109,6 +112,7 @@ class PointFeatures(nn.Module):
         token_dim: int,
         state_dim: int,
         decays: list[float],
+        heads: int = 0,
     ) -> None:
         super().__init__()
         self.layers, self.experts, self.horizons = layers, experts, horizons
@@ -124,6 +128,11 @@ class PointFeatures(nn.Module):
             self.size += horizons * experts * (1 + len(decays))
         if hidden_size is not None:
             self.size += 3 * hidden_size + 1
+        self.attention: PointAttention | None = None
+        if heads:
+            seen = token_dim + (state_dim if hidden_size is None else hidden_size)
+            self.attention = PointAttention(layers + 1, seen, heads, HEAD_WIDTH)
+            self.size += heads * HEAD_WIDTH
 
     def forward(self, batch: RoutingBatch) -> Tensor:
         P, scale = self.layers + 1, self.experts**0.5
@@ -139,8 +148,14 @@ class PointFeatures(nn.Module):
             past = [at_targets_BTPHE(weighted_BTLE * scale, self.horizons)]
             past += [at_targets_BTPHE(decayed(used_BTLE, a) * scale, self.horizons) for a in self.decays]
             blocks += [x.flatten(3) for x in past]
+        seen_BTPF = blocks[3]
         if self.hidden_size is not None:
-            blocks += self.hidden_blocks(batch)
+            hidden = self.hidden_blocks(batch)
+            blocks += hidden
+            seen_BTPF = hidden[0]
+        if self.attention is not None:
+            token_BTPF = token_BTF[:, :, None].expand(-1, -1, P, -1)
+            blocks.append(self.attention(torch.cat([token_BTPF, seen_BTPF], dim=-1)))
         return torch.cat(blocks, dim=-1)
 
     def running_state(self, token_BTF: Tensor, used_BTLE: Tensor, weighted_BTLE: Tensor) -> list[Tensor]:

@@ -18,29 +18,11 @@ from torch import Tensor, nn
 
 from specgate.predictors.base import Predictor
 from specgate.predictors.features import PointFeatures
+from specgate.predictors.layers import PointLinear
 from specgate.traces.batch import RoutingBatch
 
 ENTRY_GAIN = 20.0
 """Factor on the entry table (see ``TOKEN_GAIN`` in features.py)."""
-
-
-class PointLinear(nn.Module):
-    """One linear map per source point, all in one batched product.
-
-    Shapes:
-        forward: ``[P, N, in]`` -> ``[P, N, out]``.
-    """
-
-    def __init__(
-        self, points: int, size_in: int, size_out: int, zero: bool = False, bias: float = 0.0
-    ) -> None:
-        super().__init__()
-        bound = 0.0 if zero else 1 / math.sqrt(size_in)
-        self.weight = nn.Parameter(torch.empty(points, size_in, size_out).uniform_(-bound, bound))
-        self.bias_P1 = nn.Parameter(torch.full((points, size_out), bias))
-
-    def forward(self, x_PNF: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias_P1[:, None], x_PNF, self.weight)
 
 
 class PointMLP(nn.Module):
@@ -98,6 +80,7 @@ class MLP(Predictor):
         token_dim: int = 48,
         state_dim: int = 64,
         decays: list[float] | None = None,
+        heads: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -111,6 +94,7 @@ class MLP(Predictor):
             token_dim=token_dim,
             state_dim=state_dim,
             decays=[0.7, 0.95] if decays is None else [float(a) for a in decays],
+            heads=heads,
         )
         self.entry_VF = nn.Embedding(self.vocab_size, self.lookahead * self.experts)
         nn.init.zeros_(self.entry_VF.weight)
