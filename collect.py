@@ -61,6 +61,8 @@ def main(cfg: DictConfig) -> None:
     except SpecgateError as error:
         Console(stderr=True).print(str(error), style="bold red", markup=False)
         sys.exit(130 if isinstance(error, Interrupted) else 1)
+    except KeyboardInterrupt:
+        sys.exit("Stopped before the first batch; nothing is lost.")
     path = Path(HydraConfig.get().runtime.output_dir) / "metrics.json"
     path.write_text(json.dumps(metrics, indent=1))
     console.print(f"Heat map: {metrics['picture']}", soft_wrap=True)

@@ -72,10 +72,10 @@ def _wait(host: Host) -> None:
         torch.cuda.synchronize(host.device)
 
 
-def measure(host: Host, rounds: int, batch: int, length: int) -> dict[str, Any]:
+def measure(host: Host, names: list[str], rounds: int, batch: int, length: int) -> dict[str, Any]:
     """Median times per variant, and their ratios to those of the bare pass."""
     run = forward(host, batch, length)
-    names = list(VARIANTS)
+    names = ["bare", *(name for name in names if name != "bare")]
     for name in names:  # warm-up
         timed(host, run, VARIANTS[name])
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument(
         "--model", nargs="*", default=bundled_hosts(), help="bundled names, directories or hub names"
     )
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
@@ -117,7 +118,7 @@ def main() -> None:
     for name in args.model:
         host = load_host(name, device=args.device)
         machine = hardware(str(host.device))
-        result = measure(host, args.rounds, args.batch, args.length)
+        result = measure(host, args.variants, args.rounds, args.batch, args.length)
         results.append(result)
         print(f"{name}: {args.batch} x {args.length} tokens, {args.rounds} interleaved rounds")
         for variant, row in result["variants"].items():

@@ -135,7 +135,7 @@ def report(reader: TraceReader, folder: Path, console: Console) -> dict[str, Any
         rows = tables[name] = loads(view)
         console.print(_table(name, view, rows))
         says = verdict(view, rows)
-        console.print(f"  {name}: {says}.")
+        console.print(f"  {name}: {says}.\n")
         found[name] = {
             "tokens": view.num_tokens,
             "sequences": len(view.sequences),
@@ -163,8 +163,8 @@ def _table(name: str, view: StackView, rows: list[LayerLoad]) -> Table:
     table.add_column("load entropy", justify="right")
     if info.has_dropped:
         table.add_column("dropped", justify="right")
-    table.add_column("most used experts")
-    table.add_column(f"popularity recall@{info.top_k}", justify="right")
+    table.add_column("most used experts", no_wrap=True)
+    table.add_column("popularity", justify="right")
     for row in rows:
         cells = [str(row.layer), f"{row.entropy:.3f}"]
         if row.drop_rate is not None:

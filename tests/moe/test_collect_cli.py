@@ -196,3 +196,25 @@ def test_popularity_never_looks_at_test_documents(collected: tuple[Path, str]) -
     after = loads(view)
     assert [r.popularity_recall for r in before] == [r.popularity_recall for r in after]
     assert [r.entropy for r in before] != [r.entropy for r in after]
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_the_remedy_and_its_exit_code(
+    saved_hosts: Paths, text_files: list[str], tmp_path: Path
+) -> None:
+    arguments = command(
+        f"moe.path={saved_hosts['olmoe']}", "text=directory", f"text.sources={Path(text_files[0]).parent}",
+        "phase=decode", "prompt_length=8", "length=100", "sequences=40", f"out={tmp_path / 'trace'}",
+        f"paths.root={tmp_path}",
+    )  # fmt: skip
+    process = subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((tmp_path / "trace").glob("shards/*.safetensors")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to go on" in " ".join(printed.split())
+    assert "Traceback" not in printed

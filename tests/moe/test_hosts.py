@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace as Tiny
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -13,10 +14,11 @@ import torch
 
 from specgate.errors import CheckpointError, ConfigError, UnknownArchitectureError
 from specgate.moe.hosts import bundled_hosts, load_host
+from tests.moe.tiny_hosts import Paths
 
 
 @pytest.mark.parametrize("name", ["olmoe", "switch_transformers"])
-def test_a_directory_loads_as_saved(name: str, saved_hosts: dict[str, Path], tiny: Tiny) -> None:
+def test_a_directory_loads_as_saved(name: str, saved_hosts: Paths, tiny: Tiny) -> None:
     host = load_host(str(saved_hosts[name]), device="cpu")
     assert host.family.name == name
     assert host.model_id == name
@@ -31,7 +33,7 @@ def test_a_directory_loads_as_saved(name: str, saved_hosts: dict[str, Path], tin
     assert load_host(str(saved_hosts[name]), dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
 
 
-def test_revision_follows_weights(saved_hosts: dict[str, Path], tiny: Tiny, tmp_path: Path) -> None:
+def test_revision_follows_weights(saved_hosts: Paths, tiny: Tiny, tmp_path: Path) -> None:
     copy = shutil.copytree(saved_hosts["olmoe"], tmp_path / "olmoe")
     before = load_host(str(copy), device="cpu").revision
     assert before == load_host(str(saved_hosts["olmoe"]), device="cpu").revision
@@ -66,7 +68,7 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
         load_host(str(tmp_path), device="cpu")
 
 
-def test_pickled_weights_are_not_loaded(saved_hosts: dict[str, Path], tmp_path: Path) -> None:
+def test_pickled_weights_are_not_loaded(saved_hosts: Paths, tmp_path: Path) -> None:
     copy = shutil.copytree(saved_hosts["olmoe"], tmp_path / "olmoe")
     (copy / "model.safetensors").unlink()
     torch.save({}, copy / "pytorch_model.bin")
@@ -74,7 +76,7 @@ def test_pickled_weights_are_not_loaded(saved_hosts: dict[str, Path], tmp_path: 
         load_host(str(copy), device="cpu")
 
 
-def test_truncated_weights_are_one_sentence(saved_hosts: dict[str, Path], tmp_path: Path) -> None:
+def test_truncated_weights_are_one_sentence(saved_hosts: Paths, tmp_path: Path) -> None:
     copy = shutil.copytree(saved_hosts["olmoe"], tmp_path / "olmoe")
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
@@ -89,7 +91,7 @@ def test_an_unknown_architecture_is_refused_before_its_weights_are_read(tmp_path
         load_host(str(tmp_path), device="cpu")
 
 
-def test_wrong_dtype_and_device(saved_hosts: dict[str, Path]) -> None:
+def test_wrong_dtype_and_device(saved_hosts: Paths) -> None:
     path = str(saved_hosts["olmoe"])
     with pytest.raises(ConfigError, match="dtype='fp8' is not known"):
         load_host(path, dtype="fp8")
@@ -100,7 +102,7 @@ def test_wrong_dtype_and_device(saved_hosts: dict[str, Path]) -> None:
             load_host(path, device="cuda")
 
 
-def test_missing_weights_are_not_made_up(saved_hosts: dict[str, Path], tmp_path: Path) -> None:
+def test_missing_weights_are_not_made_up(saved_hosts: Paths, tmp_path: Path) -> None:
     copy = shutil.copytree(saved_hosts["olmoe"], tmp_path / "olmoe")
     weights = safetensors.torch.load_file(copy / "model.safetensors")
     gone = next(key for key in sorted(weights) if ".gate." in key)
@@ -108,3 +110,22 @@ def test_missing_weights_are_not_made_up(saved_hosts: dict[str, Path], tmp_path:
     safetensors.torch.save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"lack 1 tensors.*would be random"):
         load_host(str(copy), device="cpu")
+
+
+def test_mxfp4_checkpoints_are_dequantised(
+    saved_hosts: Paths, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantised GPT-OSS goes past its modules; the loader asks for plain weights without being told."""
+    shutil.copytree(saved_hosts["olmoe"], tmp_path, dirs_exist_ok=True)
+    config = tiny.configs["gpt_oss"]().to_dict() | {"quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    asked: dict[str, Any] = {}
+
+    def load(path: Any, **kwargs: Any) -> Any:
+        asked.update(kwargs)
+        return tiny.host("gpt_oss"), {"missing_keys": set()}
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    load_host(str(tmp_path), device="cpu")
+    assert asked["quantization_config"].dequantize is True
+    assert asked["use_safetensors"] is True
