@@ -82,7 +82,7 @@ def load_predictor(path: str | Path, device: torch.device | str = "cpu") -> Pred
     except SpecgateError:
         raise
     except (TypeError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{file} does not fit the predictor {hparams['predictor']!r} of this version ({reason}): "
             "train it again"

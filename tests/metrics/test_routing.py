@@ -228,3 +228,19 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("specgate.metrics.routing._CHUNK_CELLS", 18)
     run(pieces, batch, p_BTPHE)
     assert whole.compute() == pieces.compute()
+
+
+def test_ranks_synchronise_to_the_result_of_one_process() -> None:
+    """What DDP does at the end of an epoch: states are gathered from all ranks, in the states' order, and
+    reduced.
+    """
+    batch, other = make_batch(11, "decode"), make_batch(12, "decode")
+    whole, here, there = (RoutingMetrics(2, 6, 2, HORIZONS, DOMAINS) for _ in range(3))
+    for metric, parts in ((whole, [batch, other]), (here, [batch]), (there, [other])):
+        for part in parts:
+            run(metric, part, make_forecast(13, part))
+    remote = iter([getattr(there, name) for name in here._reductions])
+    here.sync(dist_sync_fn=lambda state, group: [state, next(remote)], distributed_available=lambda: True)
+    for name in whole._defaults:
+        torch.testing.assert_close(getattr(here, name), getattr(whole, name))
+    here.unsync()
