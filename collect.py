@@ -59,7 +59,7 @@ def main(cfg: DictConfig) -> None:
     try:
         metrics = run(cfg, console)
     except SpecgateError as error:
-        Console(stderr=True).print(str(error), style="bold red", markup=False)
+        Console(stderr=True).print(str(error), style="bold red", markup=False, soft_wrap=True)
         sys.exit(130 if isinstance(error, Interrupted) else 1)
     except KeyboardInterrupt:
         sys.exit("Stopped before the first batch; nothing is lost.")

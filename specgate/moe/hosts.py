@@ -155,7 +155,7 @@ class _readable_errors:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if not isinstance(error, OSError | ValueError | RuntimeError | SafetensorError):
             return
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())
         if (
             "not a valid model identifier" in reason
             or "couldn't connect" in reason
@@ -168,7 +168,8 @@ class _readable_errors:
             remedy = "only safetensors weights are read, so convert it with save_pretrained"
         else:
             remedy = "check that it is a whole transformers model directory"
-        raise CheckpointError(f"Cannot load the model {self.name!r} ({reason}); {remedy}.") from error
+        first = reason.split(". ")[0].rstrip(".")[:160]
+        raise CheckpointError(f"Cannot load the model {self.name!r} ({first}); {remedy}.") from error
 
 
 def _fingerprint(path: Path) -> str:

@@ -117,7 +117,7 @@ def prepare(host: Host, documents: list[TextDocument], settings: Settings) -> Jo
     size = sum(tokens[name] * _bytes_per_token(info) for name, info in stacks.items())
     plan = {
         "model": [host.model_id, host.revision, str(host.model.dtype), host.device.type],
-        "settings": asdict(settings),
+        **asdict(settings),
         "text": hashlib.sha256("".join(d.name + d.sha256 for d in listed).encode()).hexdigest(),
         "windows": _fingerprint(windows, text.ids, text.prefix),
         "threads": torch.get_num_threads(),

@@ -136,9 +136,12 @@ def test_a_finished_trace_costs_nothing_to_ask_for_again(
 def test_another_plan_in_the_same_directory_is_refused(whole: Paths, hosts: Hosts, documents: Texts) -> None:
     out = whole["olmoe prefill"]
     before = files_of(out)
-    for other in (replace(PREFILL, seed=6), replace(PREFILL, length=20), replace(PREFILL, hidden="none")):
-        with pytest.raises(TraceError, match=r"started with another plan.*choose another output directory"):
-            collect(hosts["olmoe"], documents, other, out, QUIET)
+    changes: list[dict[str, Any]] = [{"seed": 6}, {"length": 20}, {"temperature": 0.5}]
+    for change, said in zip(
+        changes, ("seed: 5 -> 6", "length: 16 -> 20", "temperature: 0.8 -> 0.5"), strict=True
+    ):
+        with pytest.raises(TraceError, match=rf"another plan.*{said}.*choose another output directory"):
+            collect(hosts["olmoe"], documents, replace(PREFILL, **change), out, QUIET)
     with pytest.raises(TraceError, match="another plan"):
         collect(hosts["olmoe"], documents[:-3], PREFILL, out, QUIET)
     with pytest.raises(TraceError, match="another plan"):
