@@ -10,7 +10,7 @@ from rich.console import Console
 
 from specgate.report.html import write_page
 from specgate.report.plots import draw_all
-from specgate.report.style import traces_of
+from specgate.report.style import scored_rows, traces_of
 from specgate.report.tables import (
     Table,
     accuracy_table,
@@ -43,7 +43,7 @@ def publish(record: Mapping[str, Any], directory: str | Path, console: Console |
     Returns:
         Path of the HTML page.
     """
-    directory = Path(directory)
+    directory, record = Path(directory), {**record, "rows": scored_rows(record)}
     pictures = draw_all(record, directory / "plots")
     tables = tables_of(record)
     text = "\n\n".join(f"**{table.title}**\n\n{table.to_markdown()}" for table in tables)

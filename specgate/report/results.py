@@ -15,7 +15,7 @@ from typing import Any
 
 from specgate.errors import SpecgateError
 from specgate.report.record import describe_hardware, read_record, write_json
-from specgate.report.style import slug, traces_of
+from specgate.report.style import scored_rows, slug, traces_of
 from specgate.report.tables import calibration_table, detail_table, summary_table, trace_table
 from specgate.report.verdict import verdict
 
@@ -50,7 +50,7 @@ def slim(record: Mapping[str, Any]) -> dict[str, Any]:
     paths.
     """
     kept = {key: record[key] for key in KEPT if key in record}
-    kept["rows"] = [{k: v for k, v in row.items() if k not in DROPPED} for row in record["rows"]]
+    kept["rows"] = [{k: v for k, v in row.items() if k not in DROPPED} for row in scored_rows(record)]
     if "load" in kept:
         kept["load"] = {
             name: {k: v for k, v in load.items() if k != "share"} for name, load in kept["load"].items()
@@ -89,7 +89,7 @@ def markdown(records: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _section(name: str, record: Mapping[str, Any]) -> list[str]:
-    rows, load = record["rows"], record.get("load", {})
+    rows, load = scored_rows(record), record.get("load", {})
     split = record.get("split", "test")
     parts = [f"## {name}" + ("" if split == "test" else f" ({split} split)"), "", *_origin(record), ""]
     if record.get("traces"):

@@ -77,6 +77,14 @@ def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
+def scored_rows(record: Mapping[str, Any]) -> list[Row]:
+    """The rows that a record is about: of its locked test split if it has any (train.py also scores
+    validation).
+    """
+    split = record.get("split", "test")
+    return select(record["rows"], split=split) or list(record["rows"])
+
+
 def mean_recall(rows: Iterable[Row], predictor: str) -> float:
     """A predictor's recall@K averaged over its horizons (within the token, or whatever kind there is)."""
     mine = select(rows, predictor=predictor)

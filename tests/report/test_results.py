@@ -12,6 +12,7 @@ import pytest
 from specgate.errors import SpecgateError
 from specgate.report.record import write_json
 from specgate.report.results import main, make, markdown, slim
+from specgate.report.style import scored_rows
 from tests.report.support import record
 
 
@@ -73,3 +74,10 @@ def test_results_in_the_repository_are_up_to_date(root: Path) -> None:
         pytest.skip("no results are stored yet")
     records = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     assert page.read_text() == markdown(records)
+
+
+def test_validation_rows_of_a_training_run_are_left_out() -> None:
+    both = [{**row, "split": split} for split in ("validation", "test") for row in record()["rows"]]
+    assert markdown({"x": slim({**record(), "rows": both})}) == markdown({"x": slim(record())})
+    only = [{**row, "split": "validation"} for row in record()["rows"]]
+    assert len(scored_rows({"rows": only})) == len(only)
