@@ -25,6 +25,8 @@ Equal probabilities are ranked by ``torch.topk``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,42 +36,43 @@ SCORES = ("n", "recall_at_k", "recall_at_2k", "exact_set", "top1", "brier", "nll
 _CLAMP = 1e-7
 
 
-def event_scores(p_ME: Tensor, used_MK: Tensor) -> Tensor:
+def event_scores(p_ME: Tensor, used_MK: Tensor, names: Sequence[str] = SCORES) -> Tensor:
     """Score each event on its own.
 
     Args:
-        p_ME: probabilities in [0, 1] that each expert is used.
+        p_ME: float32 probabilities in [0, 1] that each expert is used.
         used_MK: int64 ids of the distinct experts that were used, in rank order.
+        names: which scores, of :data:`SCORES`.
 
     Returns:
-        ``[M, len(SCORES)]`` float64, columns in the order of :data:`SCORES`.
+        ``[M, len(names)]`` float64, columns in the order of ``names``.
     """
     experts, top_k = p_ME.shape[-1], used_MK.shape[-1]
-    best_M2K = p_ME.topk(min(2 * top_k, experts), dim=-1)
-    hit_M2K = (best_M2K.indices[:, :, None] == used_MK[:, None, :]).any(-1)
-    hit_MK = hit_M2K[:, :top_k]
-    p64_ME = p_ME.double()
-    clamped_ME = p64_ME.clamp(_CLAMP, 1 - _CLAMP)
-    p_used_MK = p64_ME.gather(1, used_MK)
-    if top_k == 1:
-        nll_M = -clamped_ME.gather(1, used_MK)[:, 0].log()
-    else:
-        miss_ME = torch.log1p(-clamped_ME)
-        # Every cell counted as unused, then the used ones corrected: no [M, E] indicator is built.
-        used_correction_M = (clamped_ME.gather(1, used_MK).log() - miss_ME.gather(1, used_MK)).sum(1)
-        nll_M = -(miss_ME.sum(1) + used_correction_M) / experts
-    brier_M = (p64_ME.square().sum(1) + (1 - 2 * p_used_MK).sum(1)) / experts
-    columns = {
-        "n": torch.ones_like(brier_M),
-        "recall_at_k": hit_MK.double().mean(1),
-        "recall_at_2k": hit_M2K.double().sum(1) / top_k,
-        "exact_set": hit_MK.all(1).double(),
-        "top1": (best_M2K.indices[:, 0] == used_MK[:, 0]).double(),
-        "brier": brier_M,
-        "nll": nll_M,
-        "mean_confidence": best_M2K.values[:, :top_k].double().mean(1),
-    }
-    return torch.stack([columns[name] for name in SCORES], dim=1)
+    columns = {"n": torch.ones(len(p_ME), dtype=torch.float64, device=p_ME.device)}
+    twice = {"recall_at_2k"} & set(names)
+    best_M2K = p_ME.topk(min(2 * top_k if twice else top_k, experts), dim=-1)
+    columns["mean_confidence"] = best_M2K.values[:, :top_k].double().mean(1)
+    if {"recall_at_k", "recall_at_2k", "exact_set", "top1"} & set(names):
+        hit_M2K = (best_M2K.indices[:, :, None] == used_MK[:, None, :]).any(-1)
+        hit_MK = hit_M2K[:, :top_k]
+        columns["recall_at_k"] = hit_MK.double().mean(1)
+        columns["recall_at_2k"] = hit_M2K.double().sum(1) / top_k
+        columns["exact_set"] = hit_MK.all(1).double()
+        columns["top1"] = (best_M2K.indices[:, 0] == used_MK[:, 0]).double()
+    p_used_MK = p_ME.gather(1, used_MK).double()
+    if "brier" in names:
+        squares_M = p_ME.square().sum(1, dtype=torch.float64)
+        columns["brier"] = (squares_M + (1 - 2 * p_used_MK).sum(1)) / experts
+    if "nll" in names:
+        ln_used_M = p_used_MK.clamp(_CLAMP, 1 - _CLAMP).log().sum(1)
+        if top_k == 1:
+            columns["nll"] = -ln_used_M
+        else:
+            # Every cell counted as unused, then the used ones corrected: no [M, E] indicator is built.
+            ln_unused_ME = torch.log1p(-p_ME.clamp(_CLAMP, 1 - _CLAMP))
+            corrected_M = ln_used_M - ln_unused_ME.gather(1, used_MK).sum(1, dtype=torch.float64)
+            columns["nll"] = -(ln_unused_ME.sum(1, dtype=torch.float64) + corrected_M) / experts
+    return torch.stack([columns[name] for name in names], dim=1)
 
 
 def calibration_bins(p_ME: Tensor, used_MK: Tensor, group_M: Tensor, groups: int, bins: int) -> Tensor:

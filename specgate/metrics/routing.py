@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def _plain(value: Tensor | float | None) -> float | None:
 
 
 class CalibrationMetrics(Metric):
-    """Reliability of forecast probabilities: binned cells per domain, source point and horizon.
+    """What scaling changes, cheaply: calibration error, NLL and confidence per kind of target and horizon.
 
     Args:
         layers: MoE layers in the stack; there are ``layers + 1`` source points.
@@ -47,15 +47,16 @@ class CalibrationMetrics(Metric):
         top_k: experts per token.
         horizons: number of horizons, N+1 .. N+horizons.
         domains: names of the domains that ``domain_B`` counts.
-        bins: calibration bins of equal width (20); the fine histogram has 50 times as many.
+        bins: calibration bins of equal width (20).
     """
 
     full_state_update = False
     is_differentiable = False
     higher_is_better = None
 
+    scores: ClassVar[tuple[str, ...]] = ("n", "nll", "mean_confidence")
     bins_GPHC3: Tensor
-    fine_PHF3: Tensor
+    sums_GPHJ: Tensor
     kind_PH: Tensor
 
     def __init__(
@@ -74,7 +75,7 @@ class CalibrationMetrics(Metric):
         points, groups = layers + 1, len(self.domains)
         f64 = torch.float64
         self.add_state("bins_GPHC3", torch.zeros(groups, points, horizons, bins, 3, dtype=f64), "sum")
-        self.add_state("fine_PHF3", torch.zeros(points, horizons, bins * FINE_PER_BIN, 3, dtype=f64), "sum")
+        self.add_state("sums_GPHJ", torch.zeros(groups, points, horizons, len(self.scores), dtype=f64), "sum")
         # A rank that saw no batch holds INVALID (-1) everywhere, hence "max".
         self.add_state("kind_PH", torch.full((points, horizons), INVALID), "max")
 
@@ -118,57 +119,62 @@ class CalibrationMetrics(Metric):
             yield p_ME.clamp(max=1.0), experts_BTPHK[b, t, p, h], group_M
 
     def _add(self, p_ME: Tensor, used_MK: Tensor, group_M: Tensor) -> None:
-        groups, cells = len(self.domains), (self.layers + 1) * self.horizons
-        coarse = calibration_bins(p_ME, used_MK, group_M, groups * cells, self.bins)
+        groups = self.sums_GPHJ[..., 0].numel()
+        coarse = calibration_bins(p_ME, used_MK, group_M, groups, self.bins)
         self.bins_GPHC3 += coarse.view_as(self.bins_GPHC3)
-        fine = calibration_bins(p_ME, used_MK, group_M % cells, cells, self.bins * FINE_PER_BIN)
-        self.fine_PHF3 += fine.view_as(self.fine_PHF3)
+        found_MJ = event_scores(p_ME, used_MK, self.scores)
+        self.sums_GPHJ.view(groups, -1).index_add_(0, group_M, found_MJ)
 
     def _slices(self) -> Iterator[tuple[str, int, list[int]]]:
         """Every (kind, horizon) with events: kind's name, horizon index, its source points."""
         for kind, name in KINDS.items():
             for h0 in range(self.horizons):
                 points = [p for p in range(self.layers + 1) if int(self.kind_PH[p, h0]) == kind]
-                if points and float(self.fine_PHF3[points, h0, :, 0].sum()) > 0:
+                if points and float(self.sums_GPHJ[:, points, h0, 0].sum()) > 0:
                     yield name, h0 + 1, points
 
-    def _calibration(self, horizon: int, points: list[int]) -> dict[str, Any]:
+    def _means(self, sums_J: Tensor, bins_C3: Tensor) -> dict[str, Any]:
+        events = float(sums_J[0])
+        means: dict[str, Any] = {"n": int(events)}
+        means |= {name: _plain(sums_J[j] / events) for j, name in enumerate(self.scores) if j}
+        return means | {"ece": _plain(calibration_error(bins_C3))}
+
+    def _row(self, kind: str, horizon: int, points: list[int]) -> dict[str, Any]:
         bins_C3 = self.bins_GPHC3[:, points, horizon - 1].sum((0, 1))
-        fine_F3 = self.fine_PHF3[points, horizon - 1].sum(0)
-        curve = threshold_curve(fine_F3, THRESHOLDS)
-        half = THRESHOLDS // 2
         cells, mass, used = bins_C3.unbind(-1)
-        return {
-            "ece": _plain(calibration_error(bins_C3)),
-            "ece_equal_mass": _plain(equal_mass_error(fine_F3, self.bins)),
-            "precision_at_half": _plain(curve["precision"][half]),
-            "recall_at_half": _plain(curve["recall"][half]),
-            "reliability": {
-                "cells": [int(value) for value in cells.tolist()],
-                "mean_p": [_plain(value) for value in mass / cells],
-                "used": [_plain(value) for value in used / cells],
-            },
-            "thresholds": {name: [_plain(value) for value in values] for name, values in curve.items()},
+        reliability = {
+            "cells": [int(value) for value in cells.tolist()],
+            "mean_p": [_plain(value) for value in mass / cells],
+            "used": [_plain(value) for value in used / cells],
         }
+        means = self._means(self.sums_GPHJ[:, points, horizon - 1].sum((0, 1)), bins_C3)
+        return means | {"reliability": reliability}
 
     def compute(self) -> dict[str, dict[int, dict[str, Any]]]:
-        """``{kind: {horizon: row}}``; a row has ``ece``, ``ece_equal_mass``, ``precision_at_half``,
-        ``recall_at_half``, ``reliability`` (columns per bin) and ``thresholds`` (columns per threshold).
+        """``{kind: {horizon: row}}``; a row has ``n``, the scores, ``ece`` and ``reliability`` (columns per
+        bin).
 
         Only kinds and horizons with at least one event appear. ``None`` stands for "undefined" (no such
         cell).
         """
         result: dict[str, dict[int, dict[str, Any]]] = {}
         for kind, horizon, points in self._slices():
-            result.setdefault(kind, {})[horizon] = self._calibration(horizon, points)
+            result.setdefault(kind, {})[horizon] = self._row(kind, horizon, points)
         return result
 
 
 class RoutingMetrics(CalibrationMetrics):
-    """All scores of a forecast (definitions: :mod:`specgate.metrics.functional`), arguments as the
-    parent's."""
+    """All scores of a forecast (definitions: :mod:`specgate.metrics.functional`).
 
-    sums_GPHJ: Tensor
+    Arguments as the parent's. A histogram with 50 times as many bins gives precision and recall against the
+    threshold. A row of :meth:`compute` has, besides the parent's, every score, ``mean_accuracy``,
+    ``ece_equal_mass``, ``precision_at_half``, ``recall_at_half``, ``thresholds`` (columns per threshold),
+    ``per_layer`` (columns, one entry per source point with events: ``source_layer``, -1 before the first;
+    ``target_layer``; the scores) and ``per_domain`` (scores by the domain's name).
+    """
+
+    scores: ClassVar[tuple[str, ...]] = SCORES
+    fine_PHF3: Tensor
 
     def __init__(
         self,
@@ -181,56 +187,47 @@ class RoutingMetrics(CalibrationMetrics):
         **kwargs: Any,
     ) -> None:
         super().__init__(layers, experts, top_k, horizons, domains, bins, **kwargs)
-        shape = (len(self.domains), layers + 1, horizons, len(SCORES))
-        self.add_state("sums_GPHJ", torch.zeros(shape, dtype=torch.float64), "sum")
+        shape = (layers + 1, horizons, bins * FINE_PER_BIN, 3)
+        self.add_state("fine_PHF3", torch.zeros(shape, dtype=torch.float64), "sum")
 
     def _add(self, p_ME: Tensor, used_MK: Tensor, group_M: Tensor) -> None:
         super()._add(p_ME, used_MK, group_M)
-        self.sums_GPHJ.view(-1, len(SCORES)).index_add_(0, group_M, event_scores(p_ME, used_MK))
+        groups = (self.layers + 1) * self.horizons
+        fine = calibration_bins(p_ME, used_MK, group_M % groups, groups, self.bins * FINE_PER_BIN)
+        self.fine_PHF3 += fine.view_as(self.fine_PHF3)
 
-    @staticmethod
-    def _means(sums_J: Tensor, bins_C3: Tensor) -> dict[str, Any]:
-        events = float(sums_J[0])
-        scores: dict[str, Any] = {"n": int(events)}
-        scores |= {name: _plain(sums_J[j] / events) for j, name in enumerate(SCORES) if j}
-        scores["mean_accuracy"] = scores["recall_at_k"]
-        scores["ece"] = _plain(calibration_error(bins_C3))
-        return scores
+    def _means(self, sums_J: Tensor, bins_C3: Tensor) -> dict[str, Any]:
+        means = super()._means(sums_J, bins_C3)
+        return means | {"mean_accuracy": means["recall_at_k"]}
+
+    def _row(self, kind: str, horizon: int, points: list[int]) -> dict[str, Any]:
+        sums_GPJ = self.sums_GPHJ[:, points, horizon - 1]
+        bins_GPC3 = self.bins_GPHC3[:, points, horizon - 1]
+        fine_F3 = self.fine_PHF3[points, horizon - 1].sum(0)
+        curve = threshold_curve(fine_F3, THRESHOLDS)
+        layers = [
+            self._target(point, horizon, kind) | self._means(sums_GPJ[:, i].sum(0), bins_GPC3[:, i].sum(0))
+            for i, point in enumerate(points)
+            if float(sums_GPJ[:, i, 0].sum()) > 0
+        ]
+        domains = {
+            name: self._means(sums_GPJ[g].sum(0), bins_GPC3[g].sum(0))
+            for g, name in enumerate(self.domains)
+            if float(sums_GPJ[g, :, 0].sum()) > 0
+        }
+        return super()._row(kind, horizon, points) | {
+            "ece_equal_mass": _plain(equal_mass_error(fine_F3, self.bins)),
+            "precision_at_half": _plain(curve["precision"][THRESHOLDS // 2]),
+            "recall_at_half": _plain(curve["recall"][THRESHOLDS // 2]),
+            "thresholds": {name: [_plain(value) for value in values] for name, values in curve.items()},
+            "per_layer": {name: [layer[name] for layer in layers] for name in layers[0]},
+            "per_domain": domains,
+        }
 
     def _target(self, point: int, horizon: int, kind: str) -> dict[str, Any]:
         """What a source point sees from which layer: -1 stands for "before the first MoE layer"."""
         target = point - 1 + horizon
         return {"source_layer": point - 1, "target_layer": target - self.layers * (kind == KINDS[WRAPPED])}
-
-    def compute(self) -> dict[str, dict[int, dict[str, Any]]]:
-        """The parent's result with ``n``, every score, ``per_layer`` and ``per_domain`` added.
-
-        ``per_layer`` holds columns (``source_layer``, ``target_layer``, ``n`` and the scores), one entry per
-        source point with events; ``per_domain`` maps each domain's name to its scores.
-        """
-        result = super().compute()
-        for kind, horizon, points in self._slices():
-            sums_GPJ, bins_GPC3 = (
-                self.sums_GPHJ[:, points, horizon - 1],
-                self.bins_GPHC3[:, points, horizon - 1],
-            )
-            layers = [
-                self._target(point, horizon, kind)
-                | self._means(sums_GPJ[:, i].sum(0), bins_GPC3[:, i].sum(0))
-                for i, point in enumerate(points)
-                if float(sums_GPJ[:, i, 0].sum()) > 0
-            ]
-            domains = {
-                name: self._means(sums_GPJ[g].sum(0), bins_GPC3[g].sum(0))
-                for g, name in enumerate(self.domains)
-                if float(sums_GPJ[g, :, 0].sum()) > 0
-            }
-            overall = self._means(sums_GPJ.sum((0, 1)), bins_GPC3.sum((0, 1)))
-            columns = {name: [layer[name] for layer in layers] for name in layers[0]}
-            result[kind][horizon] = (
-                overall | result[kind][horizon] | {"per_layer": columns, "per_domain": domains}
-            )
-        return result
 
     def recall(self, kind: int = WITHIN) -> Tensor:
         """Mean recall@K per horizon of one kind, ``[H]`` float64 (NaN without events); cheap to log."""

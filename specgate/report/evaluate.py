@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from specgate.calibration.fit import forecast_stream, link_of
 from specgate.calibration.temperature import TemperatureScaling
-from specgate.metrics import RoutingMetrics
+from specgate.metrics import CalibrationMetrics, RoutingMetrics
 from specgate.predictors.base import Predictor
 from specgate.traces.batch import RoutingBatch, targets
 from specgate.traces.datamodule import RoutingDataModule
@@ -95,7 +95,7 @@ def evaluate(
         calibrator was used.
     """
     shape = (predictor.layers, predictor.experts, predictor.top_k, predictor.lookahead, list(domains), bins)
-    after, before = RoutingMetrics(*shape), RoutingMetrics(*shape)
+    after, before = RoutingMetrics(*shape), CalibrationMetrics(*shape)
     bare = TemperatureScaling(predictor.lookahead, link_of(predictor.top_k))
     name = str(labels.get("predictor", predictor.name))
     started = time.perf_counter()
@@ -123,7 +123,7 @@ def evaluate(
 
 
 def _rows(
-    front: Mapping[str, Any], after: RoutingMetrics, before: RoutingMetrics
+    front: Mapping[str, Any], after: RoutingMetrics, before: CalibrationMetrics
 ) -> Iterator[dict[str, Any]]:
     raw = before.compute()
     for kind, horizons in after.compute().items():
