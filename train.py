@@ -23,6 +23,7 @@ from specgate.report.tables import accuracy_table
 def train(cfg: DictConfig, console: Console) -> float | None:
     """Runs what the configuration says; returns the monitored metric (None on ranks other than 0)."""
     run, folder = Run("train.py", cfg), Path(HydraConfig.get().runtime.output_dir)
+    training.quiet()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)

@@ -6,9 +6,11 @@ the validation split and evaluated, and end as one file, predictor.ckpt, that ``
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,21 @@ class KeepLast(L.Callback):
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def quiet() -> None:
+    """Drop messages of libraries that nobody can act on: an advertisement, and notes on what is meant to be
+    so."""
+    for text in (
+        ".*LeafSpec.* is deprecated",
+        ".*configure_optimizers. returned .None.",
+        ".*does not have many workers",
+        ".*Checkpoint directory .* exists and is not empty",
+    ):
+        warnings.filterwarnings("ignore", text)
+    boring = ("litlogger", "TPU available", "to estimate number of stepping batches")
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(lambda record: not any(b in record.getMessage() for b in boring))
 
 
 def make(cfg: DictConfig, **kwargs: Any) -> Any:

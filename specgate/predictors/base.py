@@ -80,7 +80,7 @@ class Predictor(L.LightningModule):
         phase: str,
         hidden_size: int | None = None,
         lookahead: int = 3,
-        lr: float = 2e-3,
+        lr: float = 4e-3,
         weight_decay: float = 0.01,
         warmup: float = 0.05,
         max_logits: int = 40_000_000,
@@ -242,7 +242,7 @@ class Predictor(L.LightningModule):
         Both are proper scoring rules and carry no class weights: up-weighting the K used experts of E would
         raise every probability and spoil the calibration; ranking does not need it.
         """
-        logits_NE, experts_NK = logits_BTPHE[valid_BTPH], experts_BTPHK[valid_BTPH]
+        logits_NE, experts_NK = logits_BTPHE[valid_BTPH].float(), experts_BTPHK[valid_BTPH]
         if self.top_k == 1:
             return F.cross_entropy(logits_NE, experts_NK[:, 0], reduction="sum")
         return F.softplus(logits_NE).sum() - logits_NE.gather(-1, experts_NK).sum()

@@ -94,7 +94,8 @@ class PointFeatures(nn.Module):
 
     Args:
         layers, experts, vocab_size, horizons, phase, hidden_size: of the stack.
-        token_dim, state_dim: widths of the embeddings. decays: rates of the recency features.
+        token_dim, state_dim: widths of the embeddings. decays: rates of the recency features. heads: of
+            the attention over tokens (0: none).
 
     Shapes:
         forward: ``RoutingBatch`` -> ``[B, T, P, F]`` float32 with F = :attr:`size`.

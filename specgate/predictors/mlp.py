@@ -61,7 +61,7 @@ class MLP(Predictor):
 
     Args:
         width: units per hidden layer. depth: hidden layers. dropout: on the hidden units.
-        token_dim, state_dim, decays: see :class:`PointFeatures`.
+        token_dim, state_dim, decays, heads: see :class:`PointFeatures`.
 
     Shapes:
         entry_VF (parameter): ``[V, H * E]``, a trained token table added at p = 0, where the token's id is
@@ -77,10 +77,10 @@ class MLP(Predictor):
         width: int = 256,
         depth: int = 1,
         dropout: float = 0.1,
-        token_dim: int = 48,
-        state_dim: int = 64,
+        token_dim: int = 32,
+        state_dim: int = 32,
         decays: list[float] | None = None,
-        heads: int = 0,
+        heads: int = 2,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)

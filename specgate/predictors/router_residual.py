@@ -89,8 +89,8 @@ class RouterResidual(MLP):
         total = self.loss(logits_BTPHE, experts_BTPHK, valid_BTPH)
         if self.host is None or self.distill == 0:
             return total
-        teacher_NE = self.teacher_scores(batch)[valid_BTPH].softmax(-1)
-        student_NE = (logits_BTPHE * self.scale_PH[..., None])[valid_BTPH].log_softmax(-1)
+        teacher_NE = self.teacher_scores(batch)[valid_BTPH].float().softmax(-1)
+        student_NE = (logits_BTPHE * self.scale_PH[..., None])[valid_BTPH].float().log_softmax(-1)
         return total - self.distill * (teacher_NE * student_NE).sum()
 
     @torch.no_grad()

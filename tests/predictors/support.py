@@ -30,6 +30,7 @@ NAMES = [
     "mlp",
     "router_residual",
 ]
+LEARNED = {"mlp", "router_residual"}
 NEED_HIDDEN = {"router_lookahead", "router_mean_expert"}
 
 
@@ -102,6 +103,8 @@ def fitted(name: str, phase: str = "decode", *, K: int = 2, hidden: bool = True,
     """A predictor with something in it: counted on random batches, or with every parameter random."""
     if name == "recency":
         kwargs.setdefault("mixes", [0.6])  # random routing has no recency to find
+    if name in LEARNED:
+        kwargs = {"heads": 2, "width": 32} | kwargs
     predictor = make_predictor(name, phase, K=K, hidden=hidden, **kwargs)
     if isinstance(predictor, CountingPredictor):
         with torch.no_grad():

@@ -55,7 +55,8 @@ def test_multi_hot() -> None:
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("hidden", [True, False])
-def test_size_is_what_comes_out(phase: str, hidden: bool) -> None:
+@pytest.mark.parametrize("heads", [0, 2])
+def test_size_is_what_comes_out(phase: str, hidden: bool, heads: int) -> None:
     features = PointFeatures(
         layers=LAYERS,
         experts=EXPERTS,
@@ -66,6 +67,7 @@ def test_size_is_what_comes_out(phase: str, hidden: bool) -> None:
         token_dim=4,
         state_dim=5,
         decays=[0.5],
+        heads=heads,
     )
     out = features(make_batch(phase))
     assert out.shape == (3, 8, LAYERS + 1, features.size)
