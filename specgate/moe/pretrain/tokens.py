@@ -193,7 +193,7 @@ def prepare(
     documents = load_documents(sources)
     before = len(documents)
     if exclude_bundled:
-        documents = without_copies(documents, bundled_documents(), exclude_share)
+        documents = without_copies(documents, bundled_documents("all"), exclude_share)
     train, heldout = split_heldout(documents, heldout_characters, seed)
     if not train:
         raise TextError(f"No training text is left in {sources}; give more than one document.")

@@ -11,6 +11,7 @@ from specgate.errors import TextError
 from specgate.moe.pretrain.tokens import EOS, encode, load, prepare, split_heldout, without_copies
 from specgate.moe.text import (
     SEPARATOR,
+    UNSEEN_SCRIPTS,
     TextDocument,
     bundled_documents,
     documents_of,
@@ -113,13 +114,15 @@ def test_split_is_a_function_of_the_text() -> None:
 
 
 def test_bundled_text_has_every_split_in_every_domain() -> None:
-    documents = bundled_documents()
+    documents = bundled_documents("all")
     found = {(d.domain, d.split) for d in documents}
     domains = {d.domain for d in documents}
     assert len(domains) == 14
     assert len(found) == 3 * len(domains)
     with pytest.raises(TextError, match="Unknown text domain 'nope'"):
         bundled_documents(["nope"])
+    assert domains - {d.domain for d in bundled_documents()} == set(UNSEEN_SCRIPTS)
+    assert {d.domain for d in bundled_documents("bible_kjv")} == {"bible_kjv"}
 
 
 def test_bad_text_gets_one_sentence(tmp_path: Path) -> None:
