@@ -39,7 +39,9 @@ class Host:
     sequences: int
 
 
-HOSTS = (Host("switch_ref", "switch_ref_encoder", 2400), Host("olmoe_ref", "olmoe_ref_prefill", 2400))
+HOSTS = (Host("switch_ref", "switch_ref_encoder", 2000), Host("olmoe_ref", "olmoe_ref_prefill", 2000))
+#: All training documents are learnt from; of the others, so many sequences are enough for the demo's table.
+SCORED = "data.max_sequences={validation:160,test:320}"
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class Step:
 
     Attributes:
         needs: names of the steps whose output it reads: when one of them runs again, so does this.
+        makes: a folder outside of ``folder`` that it fills; another command's is removed before it runs.
     """
 
     name: str
     command: list[str]
     folder: Path
     needs: tuple[str, ...] = ()
+    makes: Path | None = None
 
     @property
     def shown(self) -> str:
@@ -69,6 +73,11 @@ class Step:
     def stamp(self) -> Path:
         """Which command filled the folder, and how long it took."""
         return self.folder / "demo-step.json"
+
+    def other_command(self) -> bool:
+        """Whether the folder was last filled, in part or whole, by another command."""
+        began = self.folder / "demo-command.txt"
+        return began.is_file() and began.read_text() != self.shown
 
     def earlier(self) -> Timing | None:
         """What an earlier run of the same command cost, None if it has not finished."""
@@ -107,21 +116,31 @@ def plan(output: Path, hosts: Sequence[Host] = HOSTS, extra: Sequence[str] = ())
     """
     data = f"paths.data={output}"
 
-    def step(name: str, *arguments: str, needs: tuple[str, ...] = ()) -> Step:
+    def step(name: str, *arguments: str, needs: tuple[str, ...] = (), makes: Path | None = None) -> Step:
         folder = output / name
-        return Step(name, [sys.executable, *arguments, data, f"hydra.run.dir={folder}"], folder, needs)
+        return Step(name, [sys.executable, *arguments, data, f"hydra.run.dir={folder}"], folder, needs, makes)
 
     steps = []
     for host in hosts:
         collect, train = f"collect-{host.name}", f"train-{host.name}"
-        steps.append(step(collect, "collect.py", f"moe={host.name}", f"sequences={host.sequences}"))
+        size, trace = f"sequences={host.sequences}", output / "traces" / host.name
+        steps.append(step(collect, "collect.py", f"moe={host.name}", size, makes=trace))
         steps.append(
-            step(train, "train.py", "experiment=demo", f"data={host.data}", *extra, needs=(collect,))
+            step(
+                train,
+                "train.py",
+                "experiment=demo",
+                f"data={host.data}",
+                "test=false",
+                SCORED,
+                *extra,
+                needs=(collect,),
+            )
         )
     trained = tuple(f"train-{host.name}" for host in hosts)
     data_sets = ",".join(host.data for host in hosts)
     runs = ",".join(str(output / name) for name in trained)
-    compared = ("mode=accuracy", f"data=[{data_sets}]", f"checkpoints=[{runs}]")
+    compared = ("mode=accuracy", f"data=[{data_sets}]", SCORED, f"checkpoints=[{runs}]")
     steps.append(step("benchmark", "benchmark.py", *compared, needs=trained))
     return steps
 
@@ -142,7 +161,10 @@ def run_step(step: Step, root: Path, again: bool = False) -> Timing:
         )
         return before
     say(f"\n$ {step.shown}")
+    if step.makes is not None and step.other_command():
+        shutil.rmtree(step.makes, ignore_errors=True)
     step.folder.mkdir(parents=True, exist_ok=True)
+    (step.folder / "demo-command.txt").write_text(step.shown)
     start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(step.command, cwd=root, check=False)
     seconds, total = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)

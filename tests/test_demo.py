@@ -82,6 +82,17 @@ def test_changed_settings_run_again(checkout: Path, tmp_path: Path) -> None:
     assert calls(output)["collect-switch_ref"] == 1
 
 
+def test_a_trace_of_another_size_is_replaced(checkout: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    demo.run(checkout, output)
+    traces = [output / "traces" / name for name in ("switch_ref", "olmoe_ref")]
+    for trace in traces:
+        trace.mkdir(parents=True)
+    hosts = (demo.HOSTS[0], demo.Host("olmoe_ref", "olmoe_ref_prefill", 7))
+    demo.run(checkout, output, hosts)
+    assert [trace.exists() for trace in traces] == [True, False]
+
+
 def test_a_failing_step_is_named_and_the_finished_ones_are_kept(checkout: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     (checkout / "train.py").write_text(FAKE.format(fails="train.py"))
