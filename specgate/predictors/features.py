@@ -24,11 +24,17 @@ many times faster, which it needs, being updated only in the few steps that cont
 
 
 def multi_hot_BTLE(batch: RoutingBatch, experts: int, weighted: bool) -> Tensor:
-    """Use of each expert, 1 (or the router weight) where used, 0 elsewhere and on padding: ``[B, T, L, E]``
-    float32."""
-    values_BTLK = (
-        batch.weights_BTLK.float() if weighted else torch.ones_like(batch.weights_BTLK, dtype=torch.float32)
-    )
+    """Use of each expert, 1 where used, 0 elsewhere and on padding: ``[B, T, L, E]`` float32.
+
+    Args:
+        weighted: the router weight instead of 1, and 0 where a full expert dropped the token: what executed.
+            (Whether token t was dropped at layer l follows from that layer's routing of tokens up to t.)
+    """
+    values_BTLK = torch.ones_like(batch.weights_BTLK, dtype=torch.float32)
+    if weighted:
+        values_BTLK = batch.weights_BTLK.float()
+        if batch.dropped_BTL is not None:
+            values_BTLK = values_BTLK * ~batch.dropped_BTL[..., None]
     values_BTLK = values_BTLK * batch.valid_BT[:, :, None, None]
     shape = (*batch.experts_BTLK.shape[:3], experts)
     return torch.zeros(shape, device=values_BTLK.device).scatter_(-1, batch.experts_BTLK, values_BTLK)

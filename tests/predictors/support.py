@@ -64,6 +64,7 @@ def make_batch(
         domain_B=torch.zeros(B, dtype=torch.int64),
         document_B=torch.arange(B),
         hidden_BTLD=torch.randn(B, T, LAYERS, HIDDEN, generator=g) if hidden else None,
+        dropped_BTL=torch.rand(B, T, LAYERS, generator=g) < 0.3 if K == 1 else None,
         phase=phase,
     )
 

@@ -40,13 +40,14 @@ def scrambled(batch: RoutingBatch, keep_ids_T: Tensor, keep_routing_TL: Tensor, 
     """The batch with everything replaced by another batch's values except what is kept."""
     other = make_batch(batch.phase, B=2, T=T, K=batch.experts_BTLK.shape[-1], seed=seed, padded=False)
     keep_TL1 = keep_routing_TL[..., None]
-    hidden = batch.hidden_BTLD
+    hidden, dropped = batch.hidden_BTLD, batch.dropped_BTL
     return replace(
         batch,
         token_ids_BT=torch.where(keep_ids_T, batch.token_ids_BT, other.token_ids_BT),
         experts_BTLK=torch.where(keep_TL1, batch.experts_BTLK, other.experts_BTLK),
         weights_BTLK=torch.where(keep_TL1, batch.weights_BTLK, other.weights_BTLK),
         hidden_BTLD=None if hidden is None else torch.where(keep_TL1, hidden, other.hidden_BTLD),
+        dropped_BTL=None if dropped is None else torch.where(keep_routing_TL, dropped, other.dropped_BTL),
     )
 
 

@@ -53,6 +53,16 @@ def test_multi_hot() -> None:
     assert float(multi_hot_BTLE(batch, EXPERTS, weighted=False)[0].sum()) == 8 * LAYERS * 2
 
 
+def test_a_dropped_token_did_not_execute() -> None:
+    batch = make_batch(K=1)
+    assert batch.dropped_BTL is not None
+    assert bool(batch.dropped_BTL.any())
+    weight_BTL = multi_hot_BTLE(batch, EXPERTS, weighted=True).sum(-1)
+    assert float(weight_BTL[batch.dropped_BTL].abs().sum()) == 0
+    used_BTL = multi_hot_BTLE(batch, EXPERTS, weighted=False).sum(-1)
+    torch.testing.assert_close(used_BTL, batch.valid_BT[..., None].expand_as(used_BTL).float())
+
+
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("hidden", [True, False])
 @pytest.mark.parametrize("heads", [0, 2])
