@@ -104,7 +104,8 @@ class PointFeatures(nn.Module):
             the attention over tokens (0: none).
 
     Shapes:
-        forward: ``RoutingBatch`` -> ``[B, T, P, F]`` float32 with F = :attr:`size`.
+        forward: ``RoutingBatch`` -> features ``[B, T, P, F]`` float32 with F = :attr:`size`, and the router
+            weights of the point's own layer ``[B, T, P, E]`` (they are among the features too).
     """
 
     def __init__(
@@ -141,7 +142,7 @@ class PointFeatures(nn.Module):
             self.attention = PointAttention(layers + 1, seen, heads, HEAD_WIDTH)
             self.size += heads * HEAD_WIDTH
 
-    def forward(self, batch: RoutingBatch) -> Tensor:
+    def forward(self, batch: RoutingBatch) -> tuple[Tensor, Tensor]:
         P, scale = self.layers + 1, self.experts**0.5
         weighted_BTLE = multi_hot_BTLE(batch, self.experts, weighted=True)
         used_BTLE = multi_hot_BTLE(batch, self.experts, weighted=False)
@@ -163,7 +164,7 @@ class PointFeatures(nn.Module):
         if self.attention is not None:
             token_BTPF = token_BTF[:, :, None].expand(-1, -1, P, -1)
             blocks.append(self.attention(torch.cat([token_BTPF, seen_BTPF], dim=-1)))
-        return torch.cat(blocks, dim=-1)
+        return torch.cat(blocks, dim=-1), this_BTPE
 
     def running_state(self, token_BTF: Tensor, used_BTLE: Tensor, weighted_BTLE: Tensor) -> list[Tensor]:
         """The id-only residual stream, its decayed means over earlier tokens (known at the same point or, in

@@ -26,7 +26,14 @@ ENTRY_GAIN = 20.0
 
 
 class PointMLP(nn.Module):
-    """Features -> logits: ``[B, T, P, F] -> [B, T, P, H, E]``; GELU, a residual second layer, dropout."""
+    """Features -> logits; GELU units that the layer's chosen experts gate, residual further layers, dropout.
+
+    What a layer adds to the residual stream is its experts' outputs times their weights. The gate ``1 +
+    weights @ G`` gives the hidden units that product, so that different experts can use different units.
+
+    Shapes:
+        forward: features ``[B, T, P, F]``, router weights ``[B, T, P, E]`` -> ``[B, T, P, H, E]``.
+    """
 
     def __init__(
         self,
@@ -43,13 +50,15 @@ class PointMLP(nn.Module):
         self.horizons, self.experts = horizons, experts
         self.drop = nn.Dropout(dropout)
         self.first = PointLinear(points, size, width)
+        self.gate = PointLinear(points, experts, width, bias=1.0)
+        nn.init.normal_(self.gate.weight, std=0.5)
         self.more = nn.ModuleList([PointLinear(points, width, width) for _ in range(depth - 1)])
         self.last = PointLinear(points, width, horizons * experts, zero=True, bias=bias)
 
-    def forward(self, x_BTPF: Tensor) -> Tensor:
+    def forward(self, x_BTPF: Tensor, routed_BTPE: Tensor) -> Tensor:
         B, T, P = x_BTPF.shape[:3]
-        x_PNF = x_BTPF.flatten(0, 1).transpose(0, 1)
-        y_PNW = nn.functional.gelu(self.first(x_PNF))
+        x_PNF, routed_PNE = (x.flatten(0, 1).transpose(0, 1) for x in (x_BTPF, routed_BTPE))
+        y_PNW = nn.functional.gelu(self.first(x_PNF)) * self.gate(routed_PNE)
         for layer in self.more:
             y_PNW = y_PNW + nn.functional.gelu(layer(self.drop(y_PNW)))
         out = self.last(self.drop(y_PNW))
@@ -105,7 +114,7 @@ class MLP(Predictor):
         )
 
     def forward(self, batch: RoutingBatch) -> Tensor:
-        logits_BTPHE = self.head(self.features(batch))
+        logits_BTPHE = self.head(*self.features(batch))
         entry_BTF = self.entry_VF(batch.token_ids_BT) * ENTRY_GAIN
         entry_BT1HE = entry_BTF.view(*entry_BTF.shape[:2], 1, self.lookahead, self.experts)
         return torch.cat([logits_BTPHE[:, :, :1] + entry_BT1HE, logits_BTPHE[:, :, 1:]], dim=2)

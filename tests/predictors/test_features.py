@@ -79,6 +79,10 @@ def test_size_is_what_comes_out(phase: str, hidden: bool, heads: int) -> None:
         decays=[0.5],
         heads=heads,
     )
-    out = features(make_batch(phase))
+    batch = make_batch(phase)
+    out, routed = features(batch)
     assert out.shape == (3, 8, LAYERS + 1, features.size)
+    weighted = multi_hot_BTLE(batch, EXPERTS, weighted=True) * EXPERTS**0.5
+    torch.testing.assert_close(routed[:, :, 1:], weighted)
+    assert float(routed[:, :, 0].abs().max()) == 0
     assert bool(out.isfinite().all())
