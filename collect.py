@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,10 @@ from rich.console import Console
 
 from specgate.errors import SpecgateError
 from specgate.moe.batches import Settings
-from specgate.moe.collection import Interrupted, choose_threads, collect, hardware
+from specgate.moe.collection import Interrupted, choose_threads, collect
 from specgate.moe.hosts import load_host
-from specgate.moe.summary import report
+from specgate.moe.summary import report as summarise
+from specgate.report.record import Run
 from specgate.traces.store import TraceReader
 
 
@@ -39,23 +39,23 @@ def run(cfg: DictConfig, console: Console) -> dict[str, Any]:
     torch.set_num_threads(choose_threads(host, out, cfg.threads))
     outcome = collect(host, instantiate(cfg.text, _convert_="all"), settings, out, console)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    stacks = report(TraceReader(out), folder, console)
+    stacks = summarise(TraceReader(out), folder, console)
     return {
         "trace": str(out),
         "model": host.model_id,
         "revision": host.revision,
-        "config": values,
         **outcome.numbers(),
         "stacks": stacks,
         "picture": str(folder / "expert_load.png"),
-        "hardware": hardware(str(host.device)),
+        "device": str(host.device),
+        "threads": torch.get_num_threads(),
     }
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="collect")
 def main(cfg: DictConfig) -> None:
     """Entry point."""
-    console = Console()
+    console, log = Console(), Run("collect.py", cfg)
     try:
         metrics = run(cfg, console)
     except SpecgateError as error:
@@ -63,8 +63,7 @@ def main(cfg: DictConfig) -> None:
         sys.exit(130 if isinstance(error, Interrupted) else 1)
     except KeyboardInterrupt:
         sys.exit("Stopped before the first batch; nothing is lost.")
-    path = Path(HydraConfig.get().runtime.output_dir) / "metrics.json"
-    path.write_text(json.dumps(metrics, indent=1))
+    path = log.write(HydraConfig.get().runtime.output_dir, **metrics)
     console.print(f"Heat map: {metrics['picture']}", soft_wrap=True)
     console.print(str(path), soft_wrap=True, highlight=False)
 

@@ -11,8 +11,9 @@ Letters: B sequences, T tokens.
 from __future__ import annotations
 
 import argparse
-import json
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specgate.moe.collection import hardware
 from specgate.moe.hosts import Host, bundled_hosts, load_host
 from specgate.moe.recorder import Recorder
+from specgate.report.record import Run, describe_hardware, read_record
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "bare": None,
@@ -113,11 +114,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/recorder_overhead"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results = []
-    machine: dict[str, Any] = {}
+    log, results = Run("recorder_overhead.py", vars(args) | {"out": str(args.out)}), []
     for name in args.model:
         host = load_host(name, device=args.device)
-        machine = hardware(str(host.device))
         result = measure(host, args.variants, args.rounds, args.batch, args.length)
         results.append(result)
         print(f"{name}: {args.batch} x {args.length} tokens, {args.rounds} interleaved rounds")
@@ -126,10 +125,9 @@ def main() -> None:
                 f"  {variant:38s} wall {row['wall_ms']:8.2f} ms (x {row['wall_ratio']:.4f})  "
                 f"processor {row['cpu_ms']:8.2f} ms (x {row['cpu_ratio']:.4f})"
             )
-    print(f"on {machine.get('gpu') or machine.get('cpu')}, {args.threads} CPU thread(s)")
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "metrics.json"
-    path.write_text(json.dumps({"hardware": machine, "results": results}, indent=1))
+    command = shlex.join(["python", "-m", "benchmarks.recorder_overhead", *sys.argv[1:]])
+    path = log.write(args.out, command=command, overhead=results, threads=args.threads, device=args.device)
+    print(f"on {describe_hardware(read_record(path)['hardware'])}, {args.threads} CPU thread(s)")
     print(path)
 
 

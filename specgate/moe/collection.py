@@ -10,8 +10,6 @@ Letters: S sequences, N flat tokens, L MoE layers, K experts per token, D hidden
 from __future__ import annotations
 
 import json
-import os
-import platform
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,25 +60,6 @@ class Outcome:
             "tokens_per_second": self.tokens / self.seconds if self.tokens else None,
             "routing_control": self.header.routing_control,
         }
-
-
-def hardware(device: str) -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [
-            line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line
-        ]
-        cpu = names[0] if names else cpu
-    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": device,
-        "gpu": gpu,
-    }
 
 
 def choose_threads(host: Host, out: Path, wanted: int | None = None) -> int:

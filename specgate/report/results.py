@@ -15,6 +15,7 @@ from typing import Any
 
 from specgate.errors import SpecgateError
 from specgate.report.record import describe_hardware, read_record, write_json
+from specgate.report.running import is_running, running_section, slim_running
 from specgate.report.style import scored_rows, slug, traces_of
 from specgate.report.tables import calibration_table, detail_table, summary_table, trace_table
 from specgate.report.verdict import verdict
@@ -50,6 +51,8 @@ def slim(record: Mapping[str, Any]) -> dict[str, Any]:
     paths.
     """
     kept = {key: record[key] for key in KEPT if key in record}
+    if is_running(record):
+        return kept | slim_running(record)
     kept["rows"] = [{k: v for k, v in row.items() if k not in DROPPED} for row in scored_rows(record)]
     if "load" in kept:
         kept["load"] = {
@@ -60,7 +63,8 @@ def slim(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def default_name(record: Mapping[str, Any]) -> str:
     """A file name that says what ran: ``benchmark-accuracy-switch_ref_encoder``."""
-    words = [Path(record["entry"]).stem, record.get("mode", ""), *traces_of(record["rows"])]
+    subject = [record["model"]] if "stacks" in record else traces_of(record.get("rows", []))
+    words = [Path(record["entry"]).stem, record.get("mode", ""), *subject]
     return slug("-".join(word for word in words if word))
 
 
@@ -71,8 +75,11 @@ def store(run: str | Path, folder: Path, name: str | None = None) -> Path:
         SpecgateError: if the run has no metrics.json or that has no rows.
     """
     record = read_record(run)
-    if not record.get("rows"):
-        raise SpecgateError(f"{run} measured no accuracy (no rows): give a run of benchmark.py mode=accuracy")
+    if not record.get("rows") and not is_running(record):
+        raise SpecgateError(
+            f"{run} measured no accuracy (no rows): give a run of benchmark.py mode=accuracy, of collect.py "
+            "or of benchmarks.recorder_overhead"
+        )
     path = folder / f"{name or default_name(record)}.json"
     write_json(path, slim(record))
     return path
@@ -89,6 +96,8 @@ def markdown(records: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _section(name: str, record: Mapping[str, Any]) -> list[str]:
+    if is_running(record):
+        return [f"## {name}", "", *_origin(record), "", *running_section(record), ""]
     rows, load = scored_rows(record), record.get("load", {})
     split = record.get("split", "test")
     parts = [f"## {name}" + ("" if split == "test" else f" ({split} split)"), "", *_origin(record), ""]
