@@ -59,13 +59,16 @@ def demo_part(record: Mapping[str, Any]) -> str:
         lines += [f"**{trace}.** " + " ".join(verdict(rows, trace)), ""]
     versions = record["versions"]
     lines += [
-        f"`make demo` took {clock(record['seconds'])} on {describe_hardware(record['hardware'])} "
-        f"(Python {versions['python']}, torch {versions['torch']}):",
+        f"`make demo` took {clock(record['seconds'])} ({clock(record['cpu_seconds'])} of processor time) on "
+        f"{describe_hardware(record['hardware'])} with Python {versions['python']}, torch {versions['torch']}:",
         "",
-        "| step | command | seconds |",
-        "| --- | --- | ---: |",
+        "| step | command | seconds | of processor time |",
+        "| --- | --- | ---: | ---: |",
     ]
-    lines += [f"| {s['name']} | `{s['command']}` | {s['seconds']:.0f} |" for s in record["steps"]]
+    lines += [
+        f"| {s['name']} | `{s['command']}` | {s['seconds']:.0f} | {s['cpu_seconds']:.0f} |"
+        for s in record["steps"]
+    ]
     return "\n".join(lines)
 
 
