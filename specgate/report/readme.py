@@ -58,9 +58,12 @@ def demo_part(record: Mapping[str, Any]) -> str:
     for trace in traces_of(rows):
         lines += [f"**{trace}.** " + " ".join(verdict(rows, trace)), ""]
     versions = record["versions"]
+    where = (
+        f"{describe_hardware(record['hardware'])} with Python {versions['python']}, torch {versions['torch']}"
+    )
     lines += [
         f"`make demo` took {clock(record['seconds'])} ({clock(record['cpu_seconds'])} of processor time) on "
-        f"{describe_hardware(record['hardware'])} with Python {versions['python']}, torch {versions['torch']}:",
+        f"{where}:",
         "",
         "| step | command | seconds | of processor time |",
         "| --- | --- | ---: | ---: |",
