@@ -92,6 +92,9 @@ COMMANDS: dict[str, Make | Run] = {
     "python collect.py moe=hf moe.path=path/to/model text=directory text.sources=path/to/texts": Run(
         COLLECT, HOST
     ),
+    "python collect.py moe=hf moe.path=path/to/model sequences=32 out=/tmp/try": Run(
+        COLLECT, {"path/to/model": "{olmoe}", "/tmp/try": "{new}"}
+    ),
     "python train.py model=router_residual lookahead=3 data=olmoe_ref_prefill": Run(TRAIN),
     "python train.py model=linear": Run(TRAIN, {"model=linear": "model=mlp"}),
     f"python benchmark.py mode=accuracy data=olmoe_ref_prefill checkpoints=[{RUN}]": Run(
