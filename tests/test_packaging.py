@@ -128,7 +128,8 @@ def imported(file: Path) -> set[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             names.add(node.module.split(".")[0])
-    return names - set(sys.stdlib_module_names) - {"specgate", "tests", "conftest"}
+    local = {"specgate", "tests", "conftest", "benchmarks", *(Path(name).stem for name in ENTRY_POINTS)}
+    return names - set(sys.stdlib_module_names) - local
 
 
 def test_every_import_is_declared() -> None:
