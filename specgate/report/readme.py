@@ -52,8 +52,8 @@ def shown(record: Mapping[str, Any]) -> list[str]:
 
 
 def demo_part(record: Mapping[str, Any]) -> str:
-    """Result table, verdicts and times of a demo run, as Markdown."""
-    rows = record["rows"]
+    """Result table, verdicts and times of a demo run, as Markdown; targets within the token."""
+    rows = [row for row in record["rows"] if row["kind"] == "within"]
     lines = [summary_table(rows).to_markdown(), ""]
     for trace in traces_of(rows):
         lines += [f"**{trace}.** " + " ".join(verdict(rows, trace)), ""]
@@ -101,8 +101,8 @@ def replace_part(text: str, name: str, part: str) -> str:
     Raises:
         SpecgateError: if the marks are not there exactly once.
     """
-    pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(\n<!-- {name}:end -->)", re.DOTALL)
-    new, count = pattern.subn(lambda match: match[1] + part + match[2], text)
+    pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+    new, count = pattern.subn(lambda match: match[1] + part + "\n" + match[2], text)
     if count != 1:
         raise SpecgateError(f"README.md has {count} parts marked <!-- {name}:begin --> ... end: it needs one")
     return new

@@ -35,8 +35,10 @@ def verdict(rows: Sequence[Row], trace: str, load: Mapping[str, Any] | None = No
     row = near[name]
     recall, chance = row["recall_at_k"], row["top_k"] / row["experts"]
     text = [_headline(name, recall, free, near[free]["recall_at_k"] if free else None, chance)]
-    many = f"names {percent(recall)} % of the experts that will be used among its {row['top_k']} most "
-    "probable ones"
+    many = (
+        f"names {percent(recall)} % of the experts that will be used among its {row['top_k']} most probable "
+        "ones"
+    )
     one = f"names the expert that will be used in {percent(recall)} % of cases"
     text.append(
         f"One layer ahead, {name} {one if row['top_k'] == 1 else many}; guessing finds {percent(chance)} %."
