@@ -75,7 +75,7 @@ def test_metrics_agree_with_the_trace(collected: tuple[Path, str]) -> None:
     reader = TraceReader(out)
     assert metrics["tokens"] == sum(reader.header.tokens(s) for s in reader.header.stacks)
     assert metrics["routing_control"]["agreement"] == 1.0
-    assert metrics["hardware"]["threads"] == 1
+    assert metrics["threads"] == 1
     for name, found in metrics["stacks"].items():
         view = reader.stack(name)
         everything = np.arange(view.num_tokens)
