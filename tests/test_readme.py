@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from specgate import demo
 from specgate.predictors.registry import predictor_class
 from specgate.traces.datamodule import RoutingDataModule
 from specgate.training import save_predictor
@@ -113,8 +114,8 @@ MENTIONED = {"source .venv/bin/activate"}
 
 
 def commands_of(page: Path) -> list[str]:
-    """Lines of bash blocks, and commands in backquotes, without their comments."""
-    text = page.read_text()
+    """Lines of bash blocks, and commands in backquotes, without their comments; not the generated parts."""
+    text = re.sub(r"<!-- (\w+):begin -->.*?<!-- \1:end -->", "", page.read_text(), flags=re.DOTALL)
     lines = [
         line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
     ]
@@ -138,6 +139,11 @@ def test_every_command_is_known_and_every_known_one_is_in_a_document() -> None:
     unknown = [command for command in FOUND if command not in COMMANDS and command not in MENTIONED]
     assert unknown == [], "say in COMMANDS how these are tested"
     assert [command for command in COMMANDS if command not in FOUND] == []
+
+
+def test_the_commands_of_the_demo_are_those_that_it_runs_today() -> None:
+    shown = re.findall(r"\| `(python [^`]+)` \| \d+ \|", (ROOT / "README.md").read_text())
+    assert shown == [step.shown for step in demo.plan(Path("outputs/demo"))], "run make demo, then make docs"
 
 
 @pytest.mark.parametrize("command", [c for c, how in COMMANDS.items() if isinstance(how, Make)])
