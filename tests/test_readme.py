@@ -86,7 +86,6 @@ COMMANDS: dict[str, Make | Run] = {
     "python -m specgate doctor": Run(("--help",), prints_metrics=False),
     CONVERT: HELP,
     "python -m specgate.moe.pretrain": HELP,
-    "python -m specgate.report.readme": HELP,
     "python collect.py moe=olmoe_ref": Run(COLLECT),
     "python collect.py moe=olmoe_ref phase=decode sequences=500": Run(COLLECT),
     "python collect.py moe=switch_ref hidden=int8 'hidden_layers=[0,2,4]'": Run(COLLECT),
