@@ -79,6 +79,8 @@ def test_interrupted_training_says_how_to_resume_and_does(
     process = subprocess.Popen(
         command(run, trace, *NO_STOP, "trainer.max_epochs=100000"),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A job in the background may have inherited an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     last = run / "checkpoints" / "last.ckpt"
     deadline = time.monotonic() + 120

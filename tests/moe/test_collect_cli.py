@@ -208,7 +208,13 @@ def test_ctrl_c_ends_with_the_remedy_and_its_exit_code(
         f"paths.root={tmp_path}",
     )  # fmt: skip
     process = subprocess.Popen(
-        arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        arguments,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background may have inherited an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not list((tmp_path / "trace").glob("shards/*.safetensors")):
