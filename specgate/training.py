@@ -111,6 +111,7 @@ def build_predictor(cfg: DictConfig, data: RoutingDataModule, lookahead: int) ->
         "vocab_size": spec.vocab_size,
         "phase": spec.phase,
         "hidden_size": spec.hidden_size,
+        "bidirectional": spec.bidirectional,
         "lookahead": lookahead,
     }
     if cls.uses_routers and spec.hidden_size is not None:

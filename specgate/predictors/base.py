@@ -9,7 +9,7 @@ Entry (t, p, h) of the logits uses only what is known at (t, p):
 
 * decode: everything of tokens before t; of token t its id and the layers up to l = p - 1;
 * prefill (the stack runs layer by layer over all tokens): the ids of all tokens, and the layers up to l of
-tokens up to t.
+tokens up to t; of all tokens if the stack is bidirectional (an encoder), where later tokens matter too.
 
 Link: K = 1 -> softmax over experts; K > 1 -> independent sigmoids, logit 0 being the threshold of membership.
 """
@@ -49,8 +49,8 @@ class Predictor(L.LightningModule):
     """Base of every predictor. A subclass sets ``name`` and implements :meth:`forward`.
 
     Args:
-        layers, experts, top_k, vocab_size, phase, hidden_size: the fields of ``StackSpec`` (plain values,
-            because a checkpoint has to load with ``weights_only=True``).
+        layers, experts, top_k, vocab_size, phase, hidden_size, bidirectional: the fields of ``StackSpec``
+            (plain values, because a checkpoint has to load with ``weights_only=True``).
         lookahead: number of horizons H.
         lr: peak learning rate of AdamW. weight_decay: applied to matrices only.
         warmup: fraction of all steps with rising learning rate; then it follows half a cosine down to 2 % of
@@ -79,6 +79,7 @@ class Predictor(L.LightningModule):
         vocab_size: int,
         phase: str,
         hidden_size: int | None = None,
+        bidirectional: bool = False,
         lookahead: int = 3,
         lr: float = 4e-3,
         weight_decay: float = 0.01,
@@ -97,6 +98,8 @@ class Predictor(L.LightningModule):
             raise ConfigError(
                 f"lookahead {lookahead} is outside 1..{2 * layers} for a stack of {layers} MoE layers"
             )
+        if bidirectional and phase != "prefill":
+            raise ConfigError(f"a bidirectional stack is only ever read whole: phase={phase} needs a causal one")
         if self.needs_hidden and hidden_size is None:
             raise ConfigError(
                 f"{self.name} needs hidden states: collect with hidden=fp16, or choose an id-only predictor"
@@ -105,7 +108,7 @@ class Predictor(L.LightningModule):
         self.hparams["predictor"] = self.name
         self.layers, self.experts, self.top_k = layers, experts, top_k
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
-        self.phase, self.lookahead = phase, lookahead
+        self.phase, self.lookahead, self.bidirectional = phase, lookahead, bidirectional
         self.max_logits = max_logits
         self.calibrator: nn.Module = LinkCalibrator(top_k)
         self.register_buffer("kinds", kind_PH(layers, lookahead, phase), persistent=False)

@@ -24,6 +24,14 @@ _BUILT_IN = {
     "router_mean_expert": "RouterMeanExpert",
     "mlp": "MLP",
     "router_residual": "RouterResidual",
+    "gnn": "GNN",
+    "transformer_xl": "TransformerXL",
+    "hierarchical": "Hierarchical",
+    "meta_moe": "MetaMoE",
+    "attention": "Attention",
+    "seq2seq": "Seq2Seq",
+    "ensemble": "Ensemble",
+    "shadow": "Shadow",
 }
 _REGISTERED: dict[str, type[Predictor]] = {}
 _Class = TypeVar("_Class", bound="type[Predictor]")

@@ -63,6 +63,7 @@ def make_oracle(data: RoutingDataModule, horizons: int) -> Oracle:
         top_k=spec.top_k,
         vocab_size=spec.vocab_size,
         phase=spec.phase,
+        bidirectional=spec.bidirectional,
         lookahead=horizons,
     )
 

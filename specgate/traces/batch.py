@@ -34,6 +34,8 @@ class StackSpec:
         hidden_size: width of the recorded residual stream (D), or None for id-only traces.
         vocab_size: number of token ids.
         phase: ``"prefill"`` or ``"decode"``.
+        bidirectional: whether a token attends to later ones (an encoder): then, in prefill, the layers already
+            run are known of every token, of later ones too.
     """
 
     layers: int
@@ -42,6 +44,7 @@ class StackSpec:
     hidden_size: int | None
     vocab_size: int
     phase: str
+    bidirectional: bool = False
 
 
 @dataclass

@@ -226,6 +226,7 @@ class _Opened:
             hidden_size=info.hidden_size if self.hidden else None,
             vocab_size=max(r.header.vocab_size for r in self.readers),
             phase=dm.phase,
+            bidirectional=dm.stack == "encoder" and dm.phase == "prefill",
         )
         self.domains = list(dict.fromkeys(d for r in self.readers for d in r.header.domains))
         split_of_document: dict[str, str] = {}

@@ -29,8 +29,30 @@ NAMES = [
     "router_mean_expert",
     "mlp",
     "router_residual",
+    "gnn",
+    "transformer_xl",
+    "hierarchical",
+    "meta_moe",
+    "attention",
+    "seq2seq",
 ]
-LEARNED = {"mlp", "router_residual"}
+LEARNED = {
+    "mlp",
+    "router_residual",
+    "gnn",
+    "transformer_xl",
+    "hierarchical",
+    "meta_moe",
+    "attention",
+    "seq2seq",
+}
+#: Not built from a configuration alone (checkpoints, a host model): their own tests hold them to the contract.
+BUILT_FROM_FILES = {"ensemble", "shadow"}
+#: Small sizes for :func:`fitted`, where a predictor's defaults are too large for a test.
+SMALL: dict[str, dict[str, Any]] = {
+    "mlp": {"heads": 2, "width": 32},
+    "router_residual": {"heads": 2, "width": 32},
+}
 NEED_HIDDEN = {"router_lookahead", "router_mean_expert"}
 
 
@@ -86,14 +108,14 @@ def make_predictor(
     name: str, phase: str = "decode", *, K: int = 2, hidden: bool = True, **kwargs: Any
 ) -> Predictor:
     """A fresh predictor for :func:`make_batch`'s stack."""
-    if name.startswith("router") and hidden and "routers" not in kwargs:
+    if predictor_class(name).uses_routers and hidden and "routers" not in kwargs:
         kwargs["routers"] = make_routers()
     kwargs.setdefault("lookahead", 3)
+    kwargs.setdefault("vocab_size", VOCAB)
     return predictor_class(name)(
         layers=LAYERS,
         experts=EXPERTS,
         top_k=K,
-        vocab_size=VOCAB,
         phase=phase,
         hidden_size=HIDDEN if hidden else None,
         **kwargs,
@@ -105,7 +127,7 @@ def fitted(name: str, phase: str = "decode", *, K: int = 2, hidden: bool = True,
     if name == "recency":
         kwargs.setdefault("mixes", [0.6])  # random routing has no recency to find
     if name in LEARNED:
-        kwargs = {"heads": 2, "width": 32} | kwargs
+        kwargs = SMALL.get(name, {}) | kwargs
     predictor = make_predictor(name, phase, K=K, hidden=hidden, **kwargs)
     if isinstance(predictor, CountingPredictor):
         with torch.no_grad():

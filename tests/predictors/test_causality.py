@@ -4,7 +4,7 @@ Letters: B sequences, T tokens, L MoE layers, P = L + 1 source points (p = l + 1
     E, K experts.
 
 decode:  all of tokens < t; the ids of tokens <= t; the layers <= l of token t.
-prefill: the ids of all tokens; the layers <= l of tokens <= t.
+prefill: the ids of all tokens; the layers <= l of tokens <= t, of all tokens in a bidirectional stack.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from specgate.predictors.registry import _BUILT_IN
 from specgate.traces.batch import INVALID, RoutingBatch
-from tests.predictors.support import LAYERS, NAMES, fitted, make_batch, variants
+from tests.predictors.support import BUILT_FROM_FILES, LAYERS, NAMES, fitted, make_batch, variants
 
 T = 6
 
 
-def known(phase: str, t: int, p: int) -> tuple[Tensor, Tensor]:
+def known(phase: str, t: int, p: int, bidirectional: bool = False) -> tuple[Tensor, Tensor]:
     """What is known at (t, p): ``(ids_T, routing_TL)``, bool, written as loops from the rule's words."""
     ids_T = torch.zeros(T, dtype=torch.bool)
     routing_TL = torch.zeros(T, LAYERS, dtype=torch.bool)
@@ -32,7 +32,7 @@ def known(phase: str, t: int, p: int) -> tuple[Tensor, Tensor]:
             if phase == "decode":
                 routing_TL[s, layer] = s < t or (s == t and layer <= p - 1)
             else:
-                routing_TL[s, layer] = s <= t and layer <= p - 1
+                routing_TL[s, layer] = (s <= t or bidirectional) and layer <= p - 1
     return ids_T, routing_TL
 
 
@@ -52,7 +52,7 @@ def scrambled(batch: RoutingBatch, keep_ids_T: Tensor, keep_routing_TL: Tensor, 
 
 
 def test_every_built_in_predictor_is_tested() -> None:
-    assert set(_BUILT_IN) == set(NAMES)
+    assert set(_BUILT_IN) == set(NAMES) | BUILT_FROM_FILES
 
 
 @pytest.mark.parametrize(("name", "phase", "K", "hidden"), variants())
@@ -78,6 +78,21 @@ def test_logits_depend_on_nothing_unknown(name: str, phase: str, K: int, hidden:
                 )
 
 
+@pytest.mark.parametrize(
+    ("name", "K", "hidden"), [(n, k, h) for n, phase, k, h in variants() if phase == "prefill"]
+)
+def test_bidirectional_logits_depend_on_nothing_unknown(name: str, K: int, hidden: bool) -> None:
+    predictor = fitted(name, "prefill", K=K, hidden=hidden, bidirectional=True)
+    batch = make_batch("prefill", B=2, T=T, K=K, hidden=hidden, padded=False)
+    with torch.no_grad():
+        logits = predictor(batch)
+        for p in range(LAYERS + 1):
+            there_H = predictor.kinds[p] != INVALID
+            other = scrambled(batch, *known("prefill", 0, p, bidirectional=True), seed=2000 + p)
+            found = predictor(other)[:, :, p][:, :, there_H]
+            torch.testing.assert_close(found, logits[:, :, p][:, :, there_H], rtol=1e-4, atol=1e-5)
+
+
 # Which known inputs a predictor must react to: the current token's id, the current layer's routing, an
 # earlier token's.
 USES = {
@@ -90,6 +105,12 @@ USES = {
     "router_mean_expert": {"routing"},
     "mlp": {"id", "routing", "past"},
     "router_residual": {"id", "routing", "past"},
+    "gnn": {"id", "routing", "past"},
+    "transformer_xl": {"id", "routing", "past"},
+    "hierarchical": {"id", "routing", "past"},
+    "meta_moe": {"id", "routing", "past"},
+    "attention": {"id", "routing", "past"},
+    "seq2seq": {"id", "routing", "past"},
 }
 
 

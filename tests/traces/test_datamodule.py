@@ -233,7 +233,7 @@ def test_dataset_survives_spawned_workers(trace: Path) -> None:
 
 def test_spec_routers_and_id_only(trace: Path) -> None:
     dm = RoutingDataModule([trace], "encoder")
-    assert dm.spec == StackSpec(2, 8, 1, 4, 100, "prefill")
+    assert dm.spec == StackSpec(2, 8, 1, 4, 100, "prefill", bidirectional=True)
     assert dm.routers is not None
     assert dm.routers.keys() == {0, 1}
     assert dm.domains == ["domain-0", "domain-1", "domain-2"]
