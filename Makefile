@@ -88,7 +88,7 @@ wheel: $(STAMP)  ## dist/specgate-*.whl
 lock:  ## resolve constraints.txt anew (network; the one way that file changes)
 	@rm -rf $(VENV)-lock && $(PYTHON) -m venv $(VENV)-lock
 	@$(VENV)-lock/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
-	@$(VENV)-lock/bin/python -m pip install --quiet '$(TORCH)' '.[dev,sweep]'
+	@$(VENV)-lock/bin/python -m pip install --quiet '$(TORCH)' '.[dev]'
 	@{ sed -n '/^#/p' constraints.txt; \
 	   $(VENV)-lock/bin/python -m pip freeze --exclude specgate | sed 's/+cpu$$//'; } > constraints.txt.new
 	@mv constraints.txt.new constraints.txt && rm -rf $(VENV)-lock
