@@ -46,6 +46,8 @@ class RoutingDataModule(L.LightningDataModule):
         max_sequences: at most so many sequences per split (a number, or a mapping from split to number),
             chosen by ``seed``; None takes all.
         splits: shares of train, validation and test for documents whose trace says nothing about their split.
+        everything: all documents are the test split, whatever the trace says of them. For text that nothing
+            was trained or tuned on, such as another domain; there are no train and validation batches then.
         use_hidden: serve hidden states if the trace has them; False makes an id-only data set of any trace.
         seed: of the order of training batches and of the choice under ``max_sequences``.
         pin_memory: passed to the DataLoader.
@@ -66,6 +68,7 @@ class RoutingDataModule(L.LightningDataModule):
         context: int | None = None,
         max_sequences: int | Mapping[str, int | None] | None = None,
         splits: Sequence[float] = (0.8, 0.1, 0.1),
+        everything: bool = False,
         use_hidden: bool = True,
         seed: int = 0,
         pin_memory: bool = False,
@@ -89,7 +92,8 @@ class RoutingDataModule(L.LightningDataModule):
         self.context = context if context is not None else (DECODE_CONTEXT if phase == "decode" else 0)
         self.num_workers, self.max_sequences, self.seed = num_workers, max_sequences, seed
         self.splits = (float(splits[0]), float(splits[1]), float(splits[2]))
-        self.use_hidden, self.pin_memory, self.verify = use_hidden, pin_memory, verify
+        self.everything, self.use_hidden = everything, use_hidden
+        self.pin_memory, self.verify = pin_memory, verify
         self._opened: _Opened | None = None
         self._datasets: dict[str, WindowDataset] = {}
 
@@ -235,7 +239,7 @@ class _Opened:
         for path, reader in zip(dm.paths, self.readers, strict=True):
             documents = reader.header.documents
             for d in documents:
-                split = d.split or split_of(d.name, dm.splits)
+                split = "test" if dm.everything else d.split or split_of(d.name, dm.splits)
                 if split_of_document.setdefault(d.name, split) != split:
                     raise TraceError(
                         f"Document {d.name!r} is in split {split!r} of {path} but in "
@@ -275,6 +279,11 @@ class _Opened:
         Raises:
             TraceError: if the split has no sequence.
         """
+        if dm.everything and split != "test":
+            raise TraceError(
+                f"With data.everything=true all of {', '.join(map(str, dm.paths))} is the test split and "
+                f"nothing is left for {split!r}; set data.everything=false to train or calibrate on it."
+            )
         number = SPLITS.index(split)
         chosen: list[Array] = []
         for view, names in zip(self.views, self.names, strict=True):

@@ -188,6 +188,20 @@ def test_documents_without_a_split_are_hashed(tmp_path: Path) -> None:
     assert len(found["default"]["train"]) > 70 > len(found["other"]["train"])
 
 
+def test_everything_is_a_test_document(trace: Path) -> None:
+    """A trace of other text is one test set: each sequence of any split once, and nothing to train on."""
+    dm = RoutingDataModule(trace, "decoder", window=8, batch_size=5, everything=True)
+    s = dm.readers[0].stack("decoder").sequences
+    assert len(np.unique(s.split_S[s.phase_S == 0])) == 3
+    batches = list(dm.test_dataloader())
+    assert sum(int(b.mask_BT.sum()) for b in batches) == int(s.length_S[s.phase_S == 0].sum())
+    found = {int(d) for b in batches for d in b.document_B}
+    assert found == set(s.document_S[s.phase_S == 0].tolist())
+    for loader, split in ((dm.train_dataloader, "train"), (dm.val_dataloader, "validation")):
+        with pytest.raises(TraceError, match=f"everything=true .* nothing is left for '{split}'"):
+            loader()
+
+
 def test_order_depends_on_seed_and_epoch_only(trace: Path) -> None:
     def order(seed: int, epoch: int) -> list[int]:
         loader = RoutingDataModule(trace, "decoder", window=4, batch_size=2, seed=seed).train_dataloader()
@@ -258,9 +272,8 @@ def test_trace_without_weights_or_routers(tmp_path: Path) -> None:
 def test_mixing_traces(tmp_path: Path) -> None:
     stacks = {"decoder": stack_info()}
     shared = [Document("shared", "b", "test"), *documents(3)]
-    write_trace(
-        tmp_path / "a", stacks, [[4, 5, 6, 7] * 3], replace(header_for(stacks), documents=documents()), seed=1
-    )
+    header = replace(header_for(stacks), documents=documents())
+    write_trace(tmp_path / "a", stacks, [[4, 5, 6, 7] * 3], header, seed=1)
     header = replace(header_for(stacks), documents=shared)
     write_trace(tmp_path / "b", stacks, [[4, 5, 6, 7] * 3], header, seed=1)
     dm = RoutingDataModule([tmp_path / "a", tmp_path / "b"], window=3, batch_size=5)
