@@ -34,8 +34,8 @@ class StackSpec:
         hidden_size: width of the recorded residual stream (D), or None for id-only traces.
         vocab_size: number of token ids.
         phase: ``"prefill"`` or ``"decode"``.
-        bidirectional: whether a token attends to later ones (an encoder): then, in prefill, the layers already
-            run are known of every token, of later ones too.
+        bidirectional: whether a token attends to later ones (an encoder): then, in prefill, the layers
+            already run are known of every token, of later ones too.
     """
 
     layers: int

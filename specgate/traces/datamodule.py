@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from specgate.errors import TraceError
 from specgate.traces.arrays import Array
 from specgate.traces.batch import RoutingBatch
+from specgate.traces.cached import CachedDataset
 from specgate.traces.reader import StackView, TraceReader
 from specgate.traces.schema import PHASES, SPLITS, StackSpec, check_ratios, split_of
 from specgate.traces.windows import WindowDataset, WindowTable, as_is, cut_windows
@@ -51,6 +52,8 @@ class RoutingDataModule(L.LightningDataModule):
         use_hidden: serve hidden states if the trace has them; False makes an id-only data set of any trace.
         seed: of the order of training batches and of the choice under ``max_sequences``.
         pin_memory: passed to the DataLoader.
+        cache: a device (``cpu``, ``cuda``) that holds each split whole once it is opened, so that a step
+            costs no reading and no copy; None reads each batch from the mapped files.
         verify: compare every file with its SHA-256 when opening.
 
     Raises:
@@ -73,6 +76,7 @@ class RoutingDataModule(L.LightningDataModule):
         seed: int = 0,
         pin_memory: bool = False,
         verify: bool = True,
+        cache: str | None = None,
     ) -> None:
         super().__init__()
         self.paths = [Path(p) for p in ([traces] if isinstance(traces, (str, Path)) else traces)]
@@ -94,8 +98,9 @@ class RoutingDataModule(L.LightningDataModule):
         self.splits = (float(splits[0]), float(splits[1]), float(splits[2]))
         self.everything, self.use_hidden = everything, use_hidden
         self.pin_memory, self.verify = pin_memory, verify
+        self.cache = cache
         self._opened: _Opened | None = None
-        self._datasets: dict[str, WindowDataset] = {}
+        self._datasets: dict[str, WindowDataset | CachedDataset] = {}
 
     # --- what predictors and reports ask ---
 
@@ -176,16 +181,17 @@ class RoutingDataModule(L.LightningDataModule):
 
     def _loader(self, split: str) -> DataLoader[RoutingBatch]:
         if split not in self._datasets:
-            self._datasets[split] = self._open().dataset(self, split)
+            windows = self._open().dataset(self, split)
+            self._datasets[split] = windows if self.cache is None else CachedDataset(windows, self.cache)
         dataset = self._datasets[split]
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=EpochSampler(dataset, self.seed) if split == "train" else None,
-            num_workers=self.num_workers,
+            num_workers=self.num_workers if self.cache is None else 0,
             collate_fn=as_is,
-            pin_memory=self.pin_memory,
-            persistent_workers=self.num_workers > 0,
+            pin_memory=self.pin_memory and self.cache is None,
+            persistent_workers=self.num_workers > 0 and self.cache is None,
         )
 
     def _open(self) -> _Opened:
@@ -199,7 +205,7 @@ class EpochSampler(RandomSampler):
     have.
     """
 
-    def __init__(self, dataset: WindowDataset, seed: int) -> None:
+    def __init__(self, dataset: WindowDataset | CachedDataset, seed: int) -> None:
         super().__init__(dataset)
         self.seed, self.epoch = seed, 0
 
