@@ -47,6 +47,7 @@ def train(cfg: DictConfig, console: Console) -> float | None:
         calibration=fitted,
         checkpoint=str(checkpoint),
         parameters=parameters,
+        predictor_report=predictor.report(),
     )
     console.print(accuracy_table([row for row in rows if row["split"] == splits[-1]]))
     console.print(f"Predictor: {checkpoint}", soft_wrap=True, highlight=False)

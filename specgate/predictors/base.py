@@ -16,9 +16,8 @@ Link: K = 1 -> softmax over experts; K > 1 -> independent sigmoids, logit 0 bein
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -29,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from specgate.errors import ConfigError, SpecgateError, TraceError
 from specgate.forecast import Forecast
-from specgate.traces.batch import INVALID, WITHIN, RoutingBatch, kind_PH, targets
+from specgate.predictors.schedule import WarmupCosine
+from specgate.traces.batch import INVALID, WITHIN, RoutingBatch, kind_PH, last_valid_B, targets
 
 
 class LinkCalibrator(nn.Module):
@@ -69,6 +69,14 @@ class Predictor(L.LightningModule):
     needs_hidden: ClassVar[bool] = False
     uses_routers: ClassVar[bool] = False
     kinds: Tensor
+    #: ``{"bits": 8 or 4, "group": ...}`` once the weights are packed (``specgate.predictors.quantize``).
+    quantization: dict[str, int] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A class with a forward of its own does not inherit another one's shortcut."""
+        super().__init_subclass__(**kwargs)
+        if "forward" in cls.__dict__ and "step_logits" not in cls.__dict__:
+            cls.step_logits = Predictor.step_logits  # type: ignore[method-assign]
 
     def __init__(
         self,
@@ -99,7 +107,7 @@ class Predictor(L.LightningModule):
                 f"lookahead {lookahead} is outside 1..{2 * layers} for a stack of {layers} MoE layers"
             )
         if bidirectional and phase != "prefill":
-            raise ConfigError(f"a bidirectional stack is only ever read whole: phase={phase} needs a causal one")
+            raise ConfigError(f"a bidirectional stack is read whole: phase={phase} needs a causal one")
         if self.needs_hidden and hidden_size is None:
             raise ConfigError(
                 f"{self.name} needs hidden states: collect with hidden=fp16, or choose an id-only predictor"
@@ -115,6 +123,10 @@ class Predictor(L.LightningModule):
 
     # ------------------------------------------------------------------ forecasts
 
+    def report(self) -> dict[str, Any]:
+        """What it says of itself beyond scores, plain JSON values: ``predictor_report`` of metrics.json."""
+        return {}
+
     def forward(self, batch: RoutingBatch) -> Tensor:
         """Logits ``[B, T, P, H, E]``; subclasses implement it."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
@@ -122,6 +134,26 @@ class Predictor(L.LightningModule):
     def probabilities(self, batch: RoutingBatch) -> Tensor:
         """Calibrated probabilities ``[B, T, P, H, E]`` that an expert is used at each target."""
         return self.calibrator(self(batch), self.kinds)
+
+    def step_logits(self, batch: RoutingBatch, layer: int) -> Tensor:
+        """What a loader calls at run time: the logits of each sequence's last token from one layer,
+        ``[B, H, E]``, equal to :meth:`forward`'s there.
+
+        Here they are picked out of the whole window's; override it where one point of one token costs less.
+
+        Args:
+            layer: the last MoE layer whose router input exists, -1 before the first.
+        """
+        last_B = last_valid_B(batch.valid_BT)
+        return self(batch)[torch.arange(len(last_B), device=last_B.device), last_B, layer + 1]
+
+    def flops_per_token_layer(self, context: int) -> float | None:
+        """Floating-point operations (a multiply-add is two) of :meth:`forward` per token and layer of a
+        window of ``context`` tokens; None: as counted while it runs.
+
+        For predictors that compute densely what only needs a part of it (a few of their experts, say).
+        """
+        return None
 
     @torch.no_grad()
     def predict_next_experts(self, state: RoutingBatch, layer: int | None = None) -> Forecast:
@@ -205,15 +237,13 @@ class Predictor(L.LightningModule):
         self.check_batch(state)
         if not bool(state.valid_BT.any(1).all()):
             raise SpecgateError("the state holds no token yet: pass at least the current token's id")
-        last_B = (
-            state.valid_BT * torch.arange(1, state.valid_BT.shape[1] + 1, device=state.valid_BT.device)
-        ).amax(1) - 1
         was_training = self.training
         self.eval()
-        p_BTPHE = self.probabilities(state)
+        logits_B1HE = self.step_logits(state, layer)[:, None]
+        p_BHE = self.calibrator(logits_B1HE, self.kinds[layer + 1 : layer + 2])[:, 0]
         self.train(was_training)
-        rows = rows.to(p_BTPHE.device)
-        p_BHE = p_BTPHE[torch.arange(len(last_B), device=rows.device), last_B, layer + 1][:, rows]
+        rows = rows.to(p_BHE.device)
+        p_BHE = p_BHE[:, rows]
         column_H = layer + 1 + rows
         columns = (column_H % self.layers, column_H >= self.layers, rows + 1)
         return Forecast.merge([Forecast(p_HE, *columns, source_layer=layer) for p_HE in p_BHE])
@@ -329,23 +359,6 @@ class Predictor(L.LightningModule):
         schedule = WarmupCosine(float(steps), self.hparams["warmup"])
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-class WarmupCosine:
-    """Learning-rate factor at a step: linear rise over the first ``warmup`` of ``steps``, then a cosine to
-    ``floor``."""
-
-    def __init__(self, steps: float, warmup: float, floor: float = 0.02) -> None:
-        self.steps, self.floor = steps, floor
-        self.rise = max(1.0, warmup * steps) if math.isfinite(steps) else 100.0
-
-    def __call__(self, step: int) -> float:
-        if step < self.rise:
-            return (step + 1) / (self.rise + 1)
-        if not math.isfinite(self.steps):
-            return 1.0
-        done = min(1.0, (step - self.rise) / max(1.0, self.steps - self.rise))
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def batch_chunks(batch: RoutingBatch, sequences: int) -> list[RoutingBatch]:
