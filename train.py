@@ -34,6 +34,7 @@ def train(cfg: DictConfig, console: Console) -> float | None:
     if not trainer.is_global_zero:
         return None
     device = trainer.strategy.root_device
+    chosen = predictor.fit_on_validation(data.val_dataloader(), device)
     fitted = training.make(cfg.calibration)(predictor, data.val_dataloader(), device)
     splits = ["validation", *(["test"] if cfg.test else [])]
     rows = [row for split in splits for row in evaluate_data(predictor, data, split=split, device=device)]
@@ -45,6 +46,7 @@ def train(cfg: DictConfig, console: Console) -> float | None:
         rows=rows,
         traces=[trace],
         calibration=fitted,
+        fitted_on_validation=chosen,
         checkpoint=str(checkpoint),
         parameters=parameters,
         predictor_report=predictor.report(),

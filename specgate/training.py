@@ -96,6 +96,7 @@ def build_predictor(cfg: DictConfig, data: RoutingDataModule, lookahead: int) ->
 
     Raises:
         ConfigError: if the predictor does not exist or cannot work on this trace.
+        SpecgateError: if it is built from files and they are missing or do not fit.
     """
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     if not isinstance(values, dict) or "_target_" not in values:
@@ -116,7 +117,7 @@ def build_predictor(cfg: DictConfig, data: RoutingDataModule, lookahead: int) ->
     }
     if cls.uses_routers and spec.hidden_size is not None:
         fields |= {"routers": data.routers, "norm_eps": norm_eps(data)}
-    return cls(**(values | fields))
+    return cls(**(cls.resolve(values, data) | fields))
 
 
 def build_trainer(cfg: DictConfig, learned: bool) -> L.Trainer:
@@ -147,7 +148,7 @@ def build_trainer(cfg: DictConfig, learned: bool) -> L.Trainer:
 
 
 def fit(trainer: L.Trainer, predictor: Predictor, data: RoutingDataModule, ckpt_path: str | None) -> None:
-    """Train (or count), then give the predictor the best weights of the run.
+    """Train (or count), then give the predictor the best weights of the run; nothing if it does not train.
 
     Args:
         ckpt_path: a ``last.ckpt`` to go on from, or None.
@@ -155,6 +156,9 @@ def fit(trainer: L.Trainer, predictor: Predictor, data: RoutingDataModule, ckpt_
     Raises:
         CheckpointError: if ``ckpt_path`` is missing, truncated or poisoned.
     """
+    if not predictor.trains:
+        predictor.eval()
+        return
     if ckpt_path is not None:
         read_checkpoint(Path(ckpt_path))
     trainer.fit(predictor, datamodule=data, ckpt_path=ckpt_path, weights_only=True)

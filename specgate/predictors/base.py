@@ -16,8 +16,9 @@ Link: K = 1 -> softmax over experts; K > 1 -> independent sigmoids, logit 0 bein
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
 import torch
@@ -30,6 +31,9 @@ from specgate.errors import ConfigError, SpecgateError, TraceError
 from specgate.forecast import Forecast
 from specgate.predictors.schedule import WarmupCosine
 from specgate.traces.batch import INVALID, WITHIN, RoutingBatch, kind_PH, last_valid_B, targets
+
+if TYPE_CHECKING:
+    from specgate.traces.datamodule import RoutingDataModule
 
 
 class LinkCalibrator(nn.Module):
@@ -66,6 +70,7 @@ class Predictor(L.LightningModule):
 
     name: ClassVar[str] = ""
     learned: ClassVar[bool] = True
+    trains: ClassVar[bool] = True  # False: nothing is fitted on the train split, train.py goes on at once
     needs_hidden: ClassVar[bool] = False
     uses_routers: ClassVar[bool] = False
     kinds: Tensor
@@ -121,11 +126,25 @@ class Predictor(L.LightningModule):
         self.calibrator: nn.Module = LinkCalibrator(top_k)
         self.register_buffer("kinds", kind_PH(layers, lookahead, phase), persistent=False)
 
-    # ------------------------------------------------------------------ forecasts
+    # ------------------------------------------------------------------ asked by train.py
+
+    @classmethod
+    def resolve(cls, values: dict[str, Any], data: RoutingDataModule) -> dict[str, Any]:
+        """The keyword arguments that a configuration's plain ``values`` mean; more than themselves if a
+        subclass is built from files that they name (checkpoints, a host model)."""
+        return values
+
+    def fit_on_validation(
+        self, batches: Iterable[RoutingBatch], device: torch.device | str | None = None
+    ) -> list[dict[str, Any]]:
+        """Fit what must not see the train split, before calibration; returns rows for metrics.json."""
+        return []
 
     def report(self) -> dict[str, Any]:
         """What it says of itself beyond scores, plain JSON values: ``predictor_report`` of metrics.json."""
         return {}
+
+    # ------------------------------------------------------------------ forecasts
 
     def forward(self, batch: RoutingBatch) -> Tensor:
         """Logits ``[B, T, P, H, E]``; subclasses implement it."""
