@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from specgate.predictors.layers import PointAttention
+from specgate.predictors.layers import PointAttention, lookup
 from specgate.traces.batch import RoutingBatch
 
 HEAD_WIDTH = 16
@@ -89,6 +89,50 @@ def at_targets_BTPHE(after_BTLE: Tensor, horizons: int) -> Tensor:
     return both[:, :, torch.where(not_yet_PH, column - layers, column)]
 
 
+def executed_weights(batch: RoutingBatch) -> Tensor:
+    """Router weights, 0 on padding and where a full expert dropped the token: ``[B, T, L, K]`` float32."""
+    values_BTLK = batch.weights_BTLK.float()
+    if batch.dropped_BTL is not None:
+        values_BTLK = values_BTLK * ~batch.dropped_BTL[..., None]
+    return values_BTLK * batch.valid_BT[:, :, None, None]
+
+
+class History:
+    """What came before the last token of each sequence, as weighted sums over tokens.
+
+    Args:
+        last_B: index of the last token; what the batch holds of later ones is not looked at.
+    """
+
+    def __init__(self, batch: RoutingBatch, last_B: Tensor) -> None:
+        self.batch, self.last_B = batch, last_B
+        self.rows_B = torch.arange(len(last_B), device=last_B.device)
+        self.age_B1T = (last_B[:, None] - torch.arange(batch.valid_BT.shape[1], device=last_B.device))[
+            :, None
+        ]
+
+    def token(self, x_BTF: Tensor, by: int) -> Tensor:
+        """``x`` of the token ``by`` before the last, zeros where there is none: ``[B, F]``."""
+        index_B = self.last_B - by
+        there_B = (index_B >= 0) & (index_B < x_BTF.shape[1])
+        return x_BTF[self.rows_B, index_B.clamp(0, x_BTF.shape[1] - 1)] * there_B[:, None]
+
+    def one_B1T(self, by: int) -> Tensor:
+        """Weights that pick the token ``by`` before the last."""
+        return (self.age_B1T == by).float()
+
+    def decay_B1T(self, decay: float, lag: int) -> Tensor:
+        """Weights of :func:`decayed`, as it stands ``lag`` tokens before the last."""
+        power_B1T = decay ** (self.age_B1T - lag).clamp(min=0).float()
+        return power_B1T * (self.age_B1T >= lag) * (1 - decay)
+
+    def spread(self, index_BTC: Tensor, value_BTC: Tensor, time_B1T: Tensor, size: int) -> Tensor:
+        """Sum over tokens of ``time * value``, by index: ``[B, size]``."""
+        weighted_BTC = value_BTC * time_B1T.transpose(1, 2)
+        zeros_BS = weighted_BTC.new_zeros(len(self.last_B), size)
+        return zeros_BS.scatter_add(1, index_BTC.flatten(1), weighted_BTC.flatten(1))
+
+
 class PointFeatures(nn.Module):
     """The inputs of the learned predictors at every source point.
 
@@ -146,7 +190,7 @@ class PointFeatures(nn.Module):
         P, scale = self.layers + 1, self.experts**0.5
         weighted_BTLE = multi_hot_BTLE(batch, self.experts, weighted=True)
         used_BTLE = multi_hot_BTLE(batch, self.experts, weighted=False)
-        token_BTF = self.token_VF(batch.token_ids_BT) * (TOKEN_GAIN * batch.valid_BT[..., None])
+        token_BTF = lookup(self.token_VF, batch.token_ids_BT) * (TOKEN_GAIN * batch.valid_BT[..., None])
         around_BTF = torch.cat([shifted(token_BTF, by) for by in self.offsets], dim=-1)
         this_BTPE = points(weighted_BTLE) * scale
         before_BTPE = points(shift_layer(weighted_BTLE)) * scale
@@ -192,6 +236,112 @@ class PointFeatures(nn.Module):
         change_BTLD = unit_BTLD - shift_layer(unit_BTLD)
         mean_BTLD = shifted(decayed(unit_BTLD, 0.8)) * 2
         return [points(x) for x in (unit_BTLD, change_BTLD, mean_BTLD, rms_BTL1.log())]
+
+    # ------------------------------------------------------------------ one point of one token
+
+    def step(self, batch: RoutingBatch, layer: int, last_B: Tensor) -> tuple[Tensor, Tensor]:
+        """What :meth:`forward` gives at the point after ``layer`` of token ``last_B`` of each sequence, at a
+        fraction of the work: sums over tokens have one row, only one point is computed.
+
+        Shapes:
+            output: ``[B, F]`` and ``[B, E]``.
+        """
+        history = History(batch, last_B)
+        token_BTF = lookup(self.token_VF, batch.token_ids_BT) * (TOKEN_GAIN * batch.valid_BT[..., None])
+        executed_BTLK = executed_weights(batch)
+        scale, no_layer = self.experts**0.5, token_BTF.new_zeros(len(last_B), self.experts)
+        this_BE, before_BE = (
+            history.spread(
+                batch.experts_BTLK[:, :, x], executed_BTLK[:, :, x], history.one_B1T(0), self.experts
+            )
+            if x >= 0
+            else no_layer
+            for x in (layer, layer - 1)
+        )
+        blocks = [history.token(token_BTF, by) for by in self.offsets]
+        blocks += [this_BE * scale, before_BE * scale]
+        blocks += self._state_step(history, executed_BTLK, token_BTF, layer)
+        if self.phase == "decode":
+            blocks += self._past_step(history, executed_BTLK, layer)
+        seen_BTF: Tensor | None = None
+        if self.hidden_size is not None:
+            seen_BTF, hidden = self._hidden_step(history, layer)
+            blocks += hidden
+        if self.attention is not None:
+            if seen_BTF is None:
+                seen_BTF = self._state_BTF(batch, executed_BTLK, token_BTF, layer)
+            blocks.append(self.attention.step(torch.cat([token_BTF, seen_BTF], dim=-1), last_B, layer + 1))
+        return torch.cat(blocks, dim=-1), this_BE * scale
+
+    def _state_step(
+        self, history: History, executed_BTLK: Tensor, token_BTF: Tensor, layer: int
+    ) -> list[Tensor]:
+        """:meth:`running_state` at one point of one token: three blocks ``[B, f]``."""
+        experts_BTLK = history.batch.experts_BTLK
+        value_BTLK = 0.5 * history.batch.valid_BT[:, :, None, None] + executed_BTLK
+        cell_BTLK = (
+            experts_BTLK + torch.arange(self.layers, device=experts_BTLK.device)[:, None] * self.experts
+        )
+        times = [history.one_B1T(0), *[2 * history.decay_B1T(a, 1) for a in (0.5, 0.9)]]
+        depths = [layer + 1] + [self.layers if self.phase == "decode" else layer + 1] * 2
+        start_BTF, blocks = self.start_VF(token_BTF), []
+        for time_B1T, depth in zip(times, depths, strict=True):
+            state_BF = (time_B1T @ start_BTF)[:, 0]
+            if depth:
+                used = history.spread(
+                    cell_BTLK[:, :, :depth].flatten(2),
+                    value_BTLK[:, :, :depth].flatten(2),
+                    time_B1T,
+                    depth * self.experts,
+                )
+                state_BF = state_BF + used @ self.expert_LEF[:depth].flatten(0, 1)
+            blocks.append(state_BF * (depth + 1) ** -0.5)
+        return blocks
+
+    def _state_BTF(self, batch: RoutingBatch, executed_BTLK: Tensor, token_BTF: Tensor, layer: int) -> Tensor:
+        """The running state of every token at one point: ``[B, T, f]``."""
+        state_BTF, depth = self.start_VF(token_BTF), layer + 1
+        if depth:
+            first_L1 = torch.arange(depth, device=state_BTF.device)[:, None] * self.experts
+            steps = self.expert_LEF.flatten(0, 1)[batch.experts_BTLK[:, :, :depth] + first_L1]
+            value = 0.5 * batch.valid_BT[:, :, None, None] + executed_BTLK[:, :, :depth]
+            state_BTF = state_BTF + (steps * value[..., None]).sum((2, 3))
+        return state_BTF * (depth + 1) ** -0.5
+
+    def _past_step(self, history: History, executed_BTLK: Tensor, layer: int) -> list[Tensor]:
+        """The target layers' experts of the previous token and their decayed use: blocks ``[B, H * E]``."""
+        B, experts_BTLK, blocks = len(history.last_B), history.batch.experts_BTLK, []
+        ones_BTLK = history.batch.valid_BT[:, :, None, None].expand_as(executed_BTLK).to(executed_BTLK.dtype)
+        kinds = [(None, executed_BTLK), *[(a, ones_BTLK) for a in self.decays]]
+        for decay, value_BTLK in kinds:
+            for h0 in range(self.horizons):
+                column = min(layer + 1 + h0, 2 * self.layers - 1)
+                # The next token's layers that are passed already include this token, the others do not.
+                lag = 0 if self.layers <= column <= self.layers + layer else 1
+                time_B1T = history.one_B1T(lag) if decay is None else history.decay_B1T(decay, lag)
+                m = column % self.layers
+                use_BE = history.spread(experts_BTLK[:, :, m], value_BTLK[:, :, m], time_B1T, self.experts)
+                blocks.append(use_BE.view(B, -1) * self.experts**0.5)
+        return blocks
+
+    def _hidden_step(self, history: History, layer: int) -> tuple[Tensor, list[Tensor]]:
+        """:meth:`hidden_blocks` at one point: all tokens' normalised stream, and the last one's blocks."""
+        batch = history.batch
+        assert batch.hidden_BTLD is not None
+        if layer < 0:
+            none_BTD = torch.zeros_like(batch.hidden_BTLD[:, :, 0], dtype=torch.float32)
+            none_BD = none_BTD[:, 0]
+            return none_BTD, [none_BD, none_BD, none_BD, none_BD[:, :1]]
+        hidden_BTD = batch.hidden_BTLD[:, :, layer].float() * batch.valid_BT[..., None]
+        rms_BT1 = (hidden_BTD.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+        unit_BTD = hidden_BTD / rms_BT1
+        last_BD = history.token(unit_BTD, 0)
+        change_BD = last_BD
+        if layer > 0:
+            before_BD = history.token(batch.hidden_BTLD[:, :, layer - 1], 0).float()
+            change_BD = last_BD - before_BD * (before_BD.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+        mean_BD = (2 * history.decay_B1T(0.8, 1) @ unit_BTD)[:, 0]
+        return unit_BTD, [last_BD, change_BD, mean_BD, history.token(rms_BT1, 0).log()]
 
 
 def points(x_BTL: Tensor) -> Tensor:

@@ -56,6 +56,8 @@ class HostRouters(nn.Module):
         self.register_buffer("correction_LE", torch.zeros(layers, experts))
         self.register_buffer("corrected_L", torch.zeros(layers, dtype=torch.bool))
         self.register_buffer("known", torch.tensor(False))
+        self.corrects = False  # corrected_L.any(), kept here so that asking does not wait for the device
+        self.register_load_state_dict_post_hook(HostRouters._loaded)
         if routers is not None:
             self._fill(routers)
 
@@ -78,6 +80,10 @@ class HostRouters(nn.Module):
                 self.correction_LE[layer] = parts["correction_bias"].float()
                 self.corrected_L[layer] = True
         self.known.fill_(True)
+        self._loaded()
+
+    def _loaded(self, *_: object) -> None:
+        self.corrects = bool(self.corrected_L.any())
 
     def scores(self, hidden: Tensor, layer: Tensor) -> Tensor:
         """What the routers of ``layer`` choose by, if the residual stream entering them were ``hidden``.
@@ -90,7 +96,18 @@ class HostRouters(nn.Module):
         unit = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
         equation = "btld,lhed->btlhe" if hidden.dim() == 4 else "btlhd,lhed->btlhe"
         logits = torch.einsum(equation, unit, self.weight_LED[layer]) + self.bias_LE[layer]
-        if bool(self.corrected_L.any()):
+        return self._chosen_by(logits, layer)
+
+    def scores_at(self, hidden: Tensor, first: int) -> Tensor:
+        """:meth:`scores` of routers ``first``, ``first + 1``, ..., one for each row of axis 1: ``[B, C, D]``
+        -> ``[B, C, E]``."""
+        unit = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
+        layer = slice(first, first + hidden.shape[1])
+        logits = (unit[:, :, None] @ self.weight_LED[layer].mT)[:, :, 0] + self.bias_LE[layer]
+        return self._chosen_by(logits, layer)
+
+    def _chosen_by(self, logits: Tensor, layer: Tensor | slice) -> Tensor:
+        if self.corrects:
             chosen_by = logits.sigmoid() + self.correction_LE[layer]
             logits = torch.where(self.corrected_L[layer][..., None], chosen_by, logits)
         return self.centred(logits)

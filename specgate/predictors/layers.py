@@ -13,6 +13,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def weight_at(module: nn.Module, row: int) -> Tensor:
+    """``module.weight[row]``, unpacking that row alone where the weights are packed."""
+    packed = getattr(getattr(module, "parametrizations", None), "weight", None)
+    if packed is None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight[row]
+    return packed[0](packed.original0[row], packed.original1[row])
+
+
+def lookup(table: nn.Embedding, ids: Tensor) -> Tensor:
+    """``table(ids)``, unpacking those rows alone where the table is packed: ``[...]`` -> ``[..., F]``."""
+    packed = getattr(getattr(table, "parametrizations", None), "weight", None)
+    if packed is None:
+        return table(ids)
+    return packed[0](packed.original0[ids], packed.original1[ids])
+
+
 class PointLinear(nn.Module):
     """One linear map per source point.
 
@@ -30,6 +48,11 @@ class PointLinear(nn.Module):
 
     def forward(self, x_PNF: Tensor) -> Tensor:
         return torch.baddbmm(self.bias_P1[:, None], x_PNF, self.weight)
+
+    def at(self, x_NF: Tensor, point: int, start: int = 0, stop: int | None = None) -> Tensor:
+        """One point's map alone: ``[N, in]`` -> ``[N, out]``, or outputs ``start`` to ``stop`` of it."""
+        weight_FO = weight_at(self, point)[:, start:stop]
+        return torch.addmm(self.bias_P1[point, start:stop], x_NF, weight_FO)
 
 
 class PointAttention(nn.Module):
@@ -65,3 +88,22 @@ class PointAttention(nn.Module):
             attn_mask=penalty_PATT[:, None].expand(-1, B, -1, -1, -1).reshape(*shape, T),
         )
         return out.view(P, B, self.heads, T, self.width).permute(1, 3, 0, 2, 4).reshape(B, T, P, -1)
+
+    def step(self, x_BTF: Tensor, last_B: Tensor, point: int) -> Tensor:
+        """What :meth:`forward` gives at one point of one token of each sequence.
+
+        Shapes:
+            x_BTF: ``[B, T, F]``, the point's inputs at all tokens. last_B: the token of each sequence.
+            output: ``[B, A * C]``.
+        """
+        B, T = x_BTF.shape[:2]
+        size = self.heads * self.width
+        x_BF = x_BTF[torch.arange(B, device=last_B.device), last_B]
+        q_BA1C = self.query_key_value.at(x_BF, point, 0, size).view(B, self.heads, 1, self.width)
+        kv = self.query_key_value.at(x_BTF.flatten(0, 1), point, size).view(B, T, 2, self.heads, self.width)
+        k_BATC, v_BATC = kv.permute(2, 0, 3, 1, 4)
+        age_BT = last_B[:, None] - torch.arange(T, device=last_B.device)
+        penalty_A11 = -F.softplus(self.slope_PA[point])[:, None, None]
+        penalty_BA1T = penalty_A11 * age_BT.clamp(min=0)[:, None, None]
+        penalty_BA1T = penalty_BA1T.masked_fill((age_BT < 0)[:, None, None], -torch.inf).to(q_BA1C.dtype)
+        return F.scaled_dot_product_attention(q_BA1C, k_BATC, v_BATC, attn_mask=penalty_BA1T).reshape(B, size)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from specgate.predictors.base import Predictor
 from specgate.predictors.features import PointFeatures
-from specgate.predictors.layers import PointLinear
-from specgate.traces.batch import RoutingBatch
+from specgate.predictors.layers import PointLinear, lookup
+from specgate.traces.batch import RoutingBatch, last_valid_B
 
 ENTRY_GAIN = 20.0
 """Factor on the entry table (see ``TOKEN_GAIN`` in features.py)."""
@@ -63,6 +63,14 @@ class PointMLP(nn.Module):
             y_PNW = y_PNW + nn.functional.gelu(layer(self.drop(y_PNW)))
         out = self.last(self.drop(y_PNW))
         return out.transpose(0, 1).reshape(B, T, P, self.horizons, self.experts)
+
+    def step(self, x_BF: Tensor, routed_BE: Tensor, point: int) -> Tensor:
+        """One point of one token: ``[B, F]``, ``[B, E]`` -> ``[B, H, E]``, without dropout."""
+        y_BW = nn.functional.gelu(self.first.at(x_BF, point)) * self.gate.at(routed_BE, point)
+        for layer in self.more:
+            assert isinstance(layer, PointLinear)
+            y_BW = y_BW + nn.functional.gelu(layer.at(y_BW, point))
+        return self.last.at(y_BW, point).view(-1, self.horizons, self.experts)
 
 
 class MLP(Predictor):
@@ -115,6 +123,15 @@ class MLP(Predictor):
 
     def forward(self, batch: RoutingBatch) -> Tensor:
         logits_BTPHE = self.head(*self.features(batch))
-        entry_BTF = self.entry_VF(batch.token_ids_BT) * ENTRY_GAIN
+        entry_BTF = lookup(self.entry_VF, batch.token_ids_BT) * ENTRY_GAIN
         entry_BT1HE = entry_BTF.view(*entry_BTF.shape[:2], 1, self.lookahead, self.experts)
         return torch.cat([logits_BTPHE[:, :, :1] + entry_BT1HE, logits_BTPHE[:, :, 1:]], dim=2)
+
+    def step_logits(self, batch: RoutingBatch, layer: int) -> Tensor:
+        """One point's weights, the last token's features, attention over the history of that point."""
+        last_B = last_valid_B(batch.valid_BT)
+        logits_BHE = self.head.step(*self.features.step(batch, layer, last_B), layer + 1)
+        if layer >= 0:
+            return logits_BHE
+        ids_B = batch.token_ids_BT.gather(1, last_B[:, None])[:, 0]
+        return logits_BHE + (lookup(self.entry_VF, ids_B) * ENTRY_GAIN).view_as(logits_BHE)

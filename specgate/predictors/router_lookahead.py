@@ -22,7 +22,7 @@ from specgate.errors import ConfigError
 from specgate.predictors.features import points
 from specgate.predictors.host_routers import HostRouters
 from specgate.predictors.token_table import TokenTable
-from specgate.traces.batch import WITHIN, RoutingBatch
+from specgate.traces.batch import WITHIN, RoutingBatch, last_valid_B
 
 
 class RouterLookahead(TokenTable):
@@ -63,6 +63,25 @@ class RouterLookahead(TokenTable):
         scores_BTPHE = points(self.router_scores(batch))
         within_PH1 = (self.kinds == WITHIN)[..., None]
         return torch.where(within_PH1, scores_BTPHE, super().forward(batch))
+
+    def step_logits(self, batch: RoutingBatch, layer: int) -> Tensor:
+        """The next layers' routers on one hidden state; the table only where there is none to use."""
+        assert batch.hidden_BTLD is not None
+        within = min(self.lookahead, self.layers - 1 - layer) if layer >= 0 else 0
+        parts = []
+        if within:
+            last_B = last_valid_B(batch.valid_BT)
+            hidden_BCD = self.hidden_step(batch, layer, last_B, within)
+            parts.append(self.host.scores_at(hidden_BCD, layer + 1))
+        if within < self.lookahead:
+            parts.append(self.table_step(batch, range(layer + 1 + within, layer + 1 + self.lookahead)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def hidden_step(self, batch: RoutingBatch, layer: int, last_B: Tensor, count: int) -> Tensor:
+        """What the next ``count`` routers are asked about: ``[B, count, D]``."""
+        assert batch.hidden_BTLD is not None
+        hidden_BD = batch.hidden_BTLD[torch.arange(len(last_B), device=last_B.device), last_B, layer]
+        return hidden_BD.float()[:, None].expand(-1, count, -1)
 
     def router_scores(self, batch: RoutingBatch) -> Tensor:
         """Scores from each layer's hidden state: ``[B, T, L, H, E]`` (meaningless outside the token)."""

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from specgate.predictors.features import multi_hot_BTLE
+from specgate.predictors.features import executed_weights, multi_hot_BTLE
 from specgate.predictors.router_lookahead import RouterLookahead
 from specgate.traces.batch import WITHIN, RoutingBatch
 
@@ -74,3 +74,10 @@ class RouterMeanExpert(RouterLookahead):
         added_BTLHD = torch.einsum("btlx,lhxd->btlhd", self.regressors(batch), self.added_LHXD)
         hidden_BTLHD = batch.hidden_BTLD.float()[:, :, :, None] + added_BTLHD
         return self.host.scores(hidden_BTLHD, self.columns[1:].clamp(max=self.layers - 1))
+
+    def hidden_step(self, batch: RoutingBatch, layer: int, last_B: Tensor, count: int) -> Tensor:
+        rows_B = torch.arange(len(last_B), device=last_B.device)
+        weights_BK = executed_weights(batch)[rows_B, last_B, layer]
+        added_BKHD = self.added_LHXD[layer, :count].transpose(0, 1)[batch.experts_BTLK[rows_B, last_B, layer]]
+        added_BHD = (weights_BK[..., None, None] * added_BKHD).sum(1) + self.added_LHXD[layer, :count, -1]
+        return super().hidden_step(batch, layer, last_B, count) + added_BHD

@@ -1,12 +1,13 @@
-"""What the learned predictors share that know the host's routers: where they start from, and whom they imitate.
+"""What the learned predictors share that know the host's routers: where they start, and whom they imitate.
 
 Letters: B sequences, T tokens, L MoE layers, P = L + 1 source points, H horizons, E experts per layer.
 
-The prior is the target layer's own router on today's hidden state (``router_lookahead``); a subclass learns what
-to add to it, and every (point, horizon) learns how far to trust it. While training, the target routers' own
-scores are imitated too (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv:1503.02531):
-the trace holds the hidden state that the target layer saw and its router, so the scores of all E experts are
-known, not just who won. Without hidden states (``hidden_size=None``) there is no prior and nothing to imitate.
+The prior is the target layer's own router on today's hidden state (``router_lookahead``); a subclass learns
+what to add to it, and every (point, horizon) learns how far to trust it. While training, the target routers'
+own scores are imitated too (Hinton et al., "Distilling the Knowledge in a Neural Network", 2015,
+arXiv:1503.02531): the trace holds the hidden state that the target layer saw and its router, so the scores of
+all E experts are known, not just who won. Without hidden states (``hidden_size=None``) there is no prior and
+nothing to imitate.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from specgate.errors import ConfigError
 from specgate.predictors.base import Predictor
 from specgate.predictors.features import column_PH, points
 from specgate.predictors.host_routers import HostRouters
-from specgate.traces.batch import WITHIN, RoutingBatch, targets
+from specgate.traces.batch import WITHIN, RoutingBatch, last_valid_B, targets
 
 
 class RouterPrior(Predictor):
     """Base (or mixin, named before the other base) of predictors that correct the host's routers.
 
-    A subclass computes a correction ``[B, T, P, H, E]`` that starts at zero where :attr:`kinds` is WITHIN, and
-    returns :meth:`corrected` of it.
+    A subclass computes a correction ``[B, T, P, H, E]`` that starts at zero where :attr:`kinds` is WITHIN,
+    and returns :meth:`corrected` of it.
 
     Args:
         routers: ``RoutingDataModule.routers``; stored in the checkpoint, so loading one needs none.
@@ -83,6 +84,17 @@ class RouterPrior(Predictor):
         if base_BTPHE is None:
             return correction_BTPHE
         return base_BTPHE * self.trust_PH[..., None] + correction_BTPHE
+
+    def corrected_step(self, batch: RoutingBatch, layer: int, correction_BHE: Tensor) -> Tensor:
+        """:meth:`corrected` of the last token at one point: ``[B, H, E]``."""
+        count = min(self.lookahead, self.layers - 1 - layer) if layer >= 0 else 0
+        if self.host is None or batch.hidden_BTLD is None or count <= 0:
+            return correction_BHE
+        last_B = last_valid_B(batch.valid_BT)
+        hidden_BD = batch.hidden_BTLD[torch.arange(len(last_B), device=last_B.device), last_B, layer]
+        base_BCE = self.host.scores_at(hidden_BD.float()[:, None].expand(-1, count, -1), layer + 1)
+        base_BCE = base_BCE * self.trust_PH[layer + 1, :count, None]
+        return torch.cat([correction_BHE[:, :count] + base_BCE, correction_BHE[:, count:]], dim=1)
 
     def training_loss(self, batch: RoutingBatch) -> Tensor:
         """The summed loss, plus ``distill`` times the cross entropy to the target routers' own softmax."""

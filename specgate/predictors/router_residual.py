@@ -41,3 +41,7 @@ class RouterResidual(RouterPrior, MLP):
 
     def forward(self, batch: RoutingBatch) -> Tensor:
         return self.corrected(batch, MLP.forward(self, batch))
+
+    def step_logits(self, batch: RoutingBatch, layer: int) -> Tensor:
+        """The routers of the next layers on one hidden state, and :class:`MLP`'s step."""
+        return self.corrected_step(batch, layer, MLP.step_logits(self, batch, layer))

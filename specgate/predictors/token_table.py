@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specgate.predictors.counting import CountingPredictor, next_valid_BT
-from specgate.traces.batch import RoutingBatch
+from specgate.traces.batch import RoutingBatch, last_valid_B
 
 
 class TokenTable(CountingPredictor):
@@ -80,3 +80,23 @@ class TokenTable(CountingPredictor):
         seen_BTC1 = self.seen_RC[row_BT][..., None] * known_BT11
         p_BTCE = (counts_BTCE + self.smoothing * prior_CE) / (seen_BTC1 + self.smoothing)
         return self.link(p_BTCE)[:, :, self.columns.clamp(max=self.width - 1)]
+
+    def step_logits(self, batch: RoutingBatch, layer: int) -> Tensor:
+        """One row of the table."""
+        return self.table_step(batch, range(layer + 1, layer + 1 + self.lookahead))
+
+    def table_step(self, batch: RoutingBatch, columns: range) -> Tensor:
+        """The last token's row at some target columns: logits ``[B, len(columns), E]``."""
+        ids_B = batch.token_ids_BT.gather(1, last_valid_B(batch.valid_BT)[:, None])[:, 0]
+        row_B = self.row_V[ids_B]
+        known_B11 = (row_B >= 0)[:, None, None]
+        index = [min(column, self.width - 1) for column in columns]
+        first, last = index[0], index[-1] + 1
+        prior_CE = self.prior_LE()[[column % self.layers for column in range(first, last)]]
+        counts_BCE = self.counts_RCE[row_B.clamp(min=0), first:last] * known_B11
+        seen_BC1 = self.seen_RC[row_B.clamp(min=0), first:last][..., None] * known_B11
+        p_BCE = (counts_BCE + self.smoothing * prior_CE) / (seen_BC1 + self.smoothing)
+        logits_BCE = self.link(p_BCE)
+        if last - first == len(index):
+            return logits_BCE
+        return logits_BCE[:, [column - first for column in index]]

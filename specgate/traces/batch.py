@@ -91,6 +91,12 @@ class RoutingBatch:
         return replace(self, **tensors)
 
 
+def last_valid_B(valid_BT: Tensor) -> Tensor:
+    """Index of each sequence's last real token: ``[B]`` int64 (-1 where there is none)."""
+    count_T = torch.arange(1, valid_BT.shape[1] + 1, device=valid_BT.device)
+    return (valid_BT * count_T).amax(1) - 1
+
+
 def kind_PH(layers: int, horizons: int, phase: str) -> Tensor:
     """Which of WITHIN, WRAPPED, ENTRY or INVALID each (point, horizon) is.
 
