@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _BUILT_IN = {
     "popularity": "Popularity",
     "markov": "Markov",
+    "markov2": "Markov2",
     "previous_token": "PreviousToken",
     "recency": "Recency",
     "token_table": "TokenTable",
@@ -29,6 +30,7 @@ _BUILT_IN = {
     "hierarchical": "Hierarchical",
     "meta_moe": "MetaMoE",
     "attention": "Attention",
+    "expert_lowrank": "ExpertLowRank",
     "seq2seq": "Seq2Seq",
     "ensemble": "Ensemble",
     "shadow": "Shadow",

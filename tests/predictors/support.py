@@ -22,6 +22,7 @@ LAYERS, EXPERTS, HIDDEN, VOCAB = 3, 6, 8, 11
 NAMES = [
     "popularity",
     "markov",
+    "markov2",
     "previous_token",
     "recency",
     "token_table",
@@ -34,6 +35,7 @@ NAMES = [
     "hierarchical",
     "meta_moe",
     "attention",
+    "expert_lowrank",
     "seq2seq",
 ]
 LEARNED = {
@@ -44,13 +46,19 @@ LEARNED = {
     "hierarchical",
     "meta_moe",
     "attention",
+    "expert_lowrank",
     "seq2seq",
 }
 #: Not built from a configuration alone (checkpoints, a host model): their own tests hold them to the contract.
 BUILT_FROM_FILES = {"ensemble", "shadow"}
 #: Small sizes for :func:`fitted`, where a predictor's defaults are too large for a test.
 SMALL: dict[str, dict[str, Any]] = {
+    "expert_lowrank": {"units": 8, "head_width": 8, "value_width": 8},
+    "attention": {"units": 4, "attention_heads": 2, "head_width": 8, "heads": 2, "width": 32},
+    "hierarchical": {"heads": 2, "width": 32, "groups": 2},
+    "gnn": {"heads": 2, "width": 32, "node_dim": 16, "graph_heads": 2, "edges": 4, "message_dim": 8},
     "mlp": {"heads": 2, "width": 32},
+    "seq2seq": {"heads": 2, "width": 32, "decoder_width": 24},
     "router_residual": {"heads": 2, "width": 32},
 }
 NEED_HIDDEN = {"router_lookahead", "router_mean_expert"}

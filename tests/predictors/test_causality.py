@@ -98,6 +98,7 @@ def test_bidirectional_logits_depend_on_nothing_unknown(name: str, K: int, hidde
 USES = {
     "popularity": set(),
     "markov": {"routing"},
+    "markov2": {"routing", "past"},
     "previous_token": {"past"},
     "recency": {"past"},
     "token_table": {"id"},
@@ -110,6 +111,7 @@ USES = {
     "hierarchical": {"id", "routing", "past"},
     "meta_moe": {"id", "routing", "past"},
     "attention": {"id", "routing", "past"},
+    "expert_lowrank": {"id", "routing", "past"},
     "seq2seq": {"id", "routing", "past"},
 }
 
@@ -136,6 +138,6 @@ def test_predictor_is_not_constant(name: str, phase: str, K: int, hidden: bool) 
             )
         }
     expected = USES[name] - (
-        {"past"} if phase == "prefill" and name in ("previous_token", "recency") else set()
+        {"past"} if phase == "prefill" and name in ("markov2", "previous_token", "recency") else set()
     )
     assert changed == expected
