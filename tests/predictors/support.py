@@ -57,6 +57,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "attention": {"units": 4, "attention_heads": 2, "head_width": 8, "heads": 2, "width": 32},
     "hierarchical": {"heads": 2, "width": 32, "groups": 2},
     "gnn": {"heads": 2, "width": 32, "node_dim": 16, "graph_heads": 2, "edges": 4, "message_dim": 8},
+    "meta_moe": {"heads": 2, "width": 32, "rank": 4, "id_dim": 16, "gate_width": 8},
     "mlp": {"heads": 2, "width": 32},
     "seq2seq": {"heads": 2, "width": 32, "decoder_width": 24},
     "router_residual": {"heads": 2, "width": 32},
