@@ -117,7 +117,7 @@ class Predictor(L.LightningModule):
             raise ConfigError(
                 f"{self.name} needs hidden states: collect with hidden=fp16, or choose an id-only predictor"
             )
-        self.save_hyperparameters(ignore=["routers"])
+        self.save_hyperparameters(ignore=["routers", "tensors"])
         self.hparams["predictor"] = self.name
         self.layers, self.experts, self.top_k = layers, experts, top_k
         self.vocab_size, self.hidden_size = vocab_size, hidden_size
