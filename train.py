@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import hydra
@@ -30,7 +31,9 @@ def train(cfg: DictConfig, console: Console) -> float | None:
     data = training.make(cfg.data)
     predictor = training.build_predictor(cfg.model, data, cfg.lookahead)
     trainer = training.build_trainer(cfg, predictor.learned)
+    clock = time.perf_counter()
     training.fit(trainer, predictor, data, cfg.ckpt_path)
+    seconds = time.perf_counter() - clock
     if not trainer.is_global_zero:
         return None
     device = trainer.strategy.root_device
@@ -49,6 +52,7 @@ def train(cfg: DictConfig, console: Console) -> float | None:
         fitted_on_validation=chosen,
         checkpoint=str(checkpoint),
         parameters=parameters,
+        training_seconds=round(seconds, 3),
         predictor_report=predictor.report(),
     )
     console.print(accuracy_table([row for row in rows if row["split"] == splits[-1]]))

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from specgate.calibration.load import read_checkpoint
 from specgate.errors import ConfigError, SpecgateError
 from specgate.predictors.base import Predictor
+from specgate.predictors.qat import QuantizationAwareTraining
 from specgate.traces.datamodule import RoutingDataModule
 
 LAST = "last.ckpt"
@@ -168,6 +169,9 @@ def fit(trainer: L.Trainer, predictor: Predictor, data: RoutingDataModule, ckpt_
     if best and Path(best).is_file():
         predictor.load_state_dict(read_checkpoint(Path(best))["state_dict"])
     predictor.eval()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, QuantizationAwareTraining):
+            callback.finish(predictor)
     if torch.distributed.is_initialized():  # what follows is rank 0's alone
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -181,6 +185,8 @@ def save_predictor(predictor: Predictor, path: Path) -> Path:
         "hyper_parameters": dict(predictor.hparams),
         "pytorch-lightning_version": L.__version__,
     }
+    if predictor.quantization is not None:
+        content["quantization"] = dict(predictor.quantization)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
         torch.save(content, file)

@@ -24,6 +24,8 @@ from specgate.predictors.layers import PointLinear
 GROUP = 32
 SMALLEST = 512
 """Parameters with fewer values stay as they are."""
+KEPT = {"calibrator", "conformal"}
+"""Modules that are fitted after packing, and few."""
 
 
 def quantise(rows: Tensor, bits: int, group: int | None) -> tuple[Tensor, Tensor]:
@@ -131,7 +133,9 @@ def quantisable(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, int
     All parameters of two and more axes and of at least :data:`SMALLEST` values. The inputs are the last
     axis, but the one before it in a ``PointLinear``.
     """
-    for part in module.modules():
+    for place, part in module.named_modules():
+        if not KEPT.isdisjoint(place.split(".")):
+            continue
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.dim() > 1 and parameter.numel() >= SMALLEST and parameter.is_floating_point():
                 yield (
