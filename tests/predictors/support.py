@@ -59,6 +59,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "gnn": {"heads": 2, "width": 32, "node_dim": 16, "graph_heads": 2, "edges": 4, "message_dim": 8},
     "meta_moe": {"heads": 2, "width": 32, "rank": 4, "id_dim": 16, "gate_width": 8},
     "mlp": {"heads": 2, "width": 32},
+    "transformer_xl": {"width": 32, "trunk_width": 16, "trunk_heads": 2, "memory": 50},
     "seq2seq": {"heads": 2, "width": 32, "decoder_width": 24},
     "router_residual": {"heads": 2, "width": 32},
 }
