@@ -164,7 +164,7 @@ class Predictor(L.LightningModule):
             layer: the last MoE layer whose router input exists, -1 before the first.
         """
         last_B = last_valid_B(batch.valid_BT)
-        return self(batch)[torch.arange(len(last_B), device=last_B.device), last_B, layer + 1]
+        return self(batch)[torch.arange(last_B.shape[0], device=last_B.device), last_B, layer + 1]
 
     def flops_per_token_layer(self, context: int) -> float | None:
         """Floating-point operations (a multiply-add is two) of :meth:`forward` per token and layer of a
@@ -294,10 +294,13 @@ class Predictor(L.LightningModule):
         Both are proper scoring rules and carry no class weights: up-weighting the K used experts of E would
         raise every probability and spoil the calibration; ranking does not need it.
         """
-        logits_NE, experts_NK = logits_BTPHE[valid_BTPH].float(), experts_BTPHK[valid_BTPH]
+        logits_BTPHE = logits_BTPHE.float()  # masked, not indexed: a GPU would have to wait for the count
+        used_BTPH = logits_BTPHE.gather(-1, experts_BTPHK).sum(-1)
         if self.top_k == 1:
-            return F.cross_entropy(logits_NE, experts_NK[:, 0], reduction="sum")
-        return F.softplus(logits_NE).sum() - logits_NE.gather(-1, experts_NK).sum()
+            all_BTPH = logits_BTPHE.logsumexp(-1)
+        else:
+            all_BTPH = F.softplus(logits_BTPHE).sum(-1)
+        return torch.where(valid_BTPH, all_BTPH - used_BTPH, 0.0).sum()
 
     def hits(self, logits_BTPHE: Tensor, experts_BTPHK: Tensor) -> Tensor:
         """How many of the K experts used are among the K largest logits: ``[B, T, P, H]`` int64."""

@@ -106,7 +106,7 @@ class History:
 
     def __init__(self, batch: RoutingBatch, last_B: Tensor) -> None:
         self.batch, self.last_B = batch, last_B
-        self.rows_B = torch.arange(len(last_B), device=last_B.device)
+        self.rows_B = torch.arange(last_B.shape[0], device=last_B.device)
         self.age_B1T = (last_B[:, None] - torch.arange(batch.valid_BT.shape[1], device=last_B.device))[
             :, None
         ]
@@ -129,7 +129,7 @@ class History:
     def spread(self, index_BTC: Tensor, value_BTC: Tensor, time_B1T: Tensor, size: int) -> Tensor:
         """Sum over tokens of ``time * value``, by index: ``[B, size]``."""
         weighted_BTC = value_BTC * time_B1T.transpose(1, 2)
-        zeros_BS = weighted_BTC.new_zeros(len(self.last_B), size)
+        zeros_BS = weighted_BTC.new_zeros(self.last_B.shape[0], size)
         return zeros_BS.scatter_add(1, index_BTC.flatten(1), weighted_BTC.flatten(1))
 
 
@@ -249,7 +249,7 @@ class PointFeatures(nn.Module):
         history = History(batch, last_B)
         token_BTF = lookup(self.token_VF, batch.token_ids_BT) * (TOKEN_GAIN * batch.valid_BT[..., None])
         executed_BTLK = executed_weights(batch)
-        scale, no_layer = self.experts**0.5, token_BTF.new_zeros(len(last_B), self.experts)
+        scale, no_layer = self.experts**0.5, token_BTF.new_zeros(last_B.shape[0], self.experts)
         this_BE, before_BE = (
             history.spread(
                 batch.experts_BTLK[:, :, x], executed_BTLK[:, :, x], history.one_B1T(0), self.experts
@@ -310,7 +310,7 @@ class PointFeatures(nn.Module):
 
     def _past_step(self, history: History, executed_BTLK: Tensor, layer: int) -> list[Tensor]:
         """The target layers' experts of the previous token and their decayed use: blocks ``[B, H * E]``."""
-        B, experts_BTLK, blocks = len(history.last_B), history.batch.experts_BTLK, []
+        B, experts_BTLK, blocks = history.last_B.shape[0], history.batch.experts_BTLK, []
         ones_BTLK = history.batch.valid_BT[:, :, None, None].expand_as(executed_BTLK).to(executed_BTLK.dtype)
         kinds = [(None, executed_BTLK), *[(a, ones_BTLK) for a in self.decays]]
         for decay, value_BTLK in kinds:

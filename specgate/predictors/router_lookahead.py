@@ -80,7 +80,7 @@ class RouterLookahead(TokenTable):
     def hidden_step(self, batch: RoutingBatch, layer: int, last_B: Tensor, count: int) -> Tensor:
         """What the next ``count`` routers are asked about: ``[B, count, D]``."""
         assert batch.hidden_BTLD is not None
-        hidden_BD = batch.hidden_BTLD[torch.arange(len(last_B), device=last_B.device), last_B, layer]
+        hidden_BD = batch.hidden_BTLD[torch.arange(last_B.shape[0], device=last_B.device), last_B, layer]
         return hidden_BD.float()[:, None].expand(-1, count, -1)
 
     def router_scores(self, batch: RoutingBatch) -> Tensor:

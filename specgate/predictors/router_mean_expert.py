@@ -76,7 +76,7 @@ class RouterMeanExpert(RouterLookahead):
         return self.host.scores(hidden_BTLHD, self.columns[1:].clamp(max=self.layers - 1))
 
     def hidden_step(self, batch: RoutingBatch, layer: int, last_B: Tensor, count: int) -> Tensor:
-        rows_B = torch.arange(len(last_B), device=last_B.device)
+        rows_B = torch.arange(last_B.shape[0], device=last_B.device)
         weights_BK = executed_weights(batch)[rows_B, last_B, layer]
         added_BKHD = self.added_LHXD[layer, :count].transpose(0, 1)[batch.experts_BTLK[rows_B, last_B, layer]]
         added_BHD = (weights_BK[..., None, None] * added_BKHD).sum(1) + self.added_LHXD[layer, :count, -1]

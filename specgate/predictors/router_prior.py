@@ -91,7 +91,7 @@ class RouterPrior(Predictor):
         if self.host is None or batch.hidden_BTLD is None or count <= 0:
             return correction_BHE
         last_B = last_valid_B(batch.valid_BT)
-        hidden_BD = batch.hidden_BTLD[torch.arange(len(last_B), device=last_B.device), last_B, layer]
+        hidden_BD = batch.hidden_BTLD[torch.arange(last_B.shape[0], device=last_B.device), last_B, layer]
         base_BCE = self.host.scores_at(hidden_BD.float()[:, None].expand(-1, count, -1), layer + 1)
         base_BCE = base_BCE * self.trust_PH[layer + 1, :count, None]
         return torch.cat([correction_BHE[:, :count] + base_BCE, correction_BHE[:, count:]], dim=1)
@@ -108,9 +108,10 @@ class RouterPrior(Predictor):
         if self.host is None or self.distill == 0:
             return logits_BTPHE.new_zeros(())
         _, valid_BTPH = targets(batch, self.lookahead)
-        teacher_NE = self.teacher_scores(batch)[valid_BTPH].float().softmax(-1)
-        student_NE = (logits_BTPHE * self.scale_PH[..., None])[valid_BTPH].float().log_softmax(-1)
-        return -self.distill * (teacher_NE * student_NE).sum()
+        teacher_BTPHE = self.teacher_scores(batch).float().softmax(-1)
+        student_BTPHE = (logits_BTPHE * self.scale_PH[..., None]).float().log_softmax(-1)
+        agreed_BTPH = (teacher_BTPHE * student_BTPHE).sum(-1)
+        return -self.distill * torch.where(valid_BTPH, agreed_BTPH, 0.0).sum()
 
     @torch.no_grad()
     def teacher_scores(self, batch: RoutingBatch) -> Tensor:
