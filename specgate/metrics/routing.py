@@ -55,6 +55,7 @@ class CalibrationMetrics(Metric):
     higher_is_better = None
 
     scores: ClassVar[tuple[str, ...]] = ("n", "nll", "mean_confidence")
+    fine: ClassVar[int] = 1  # bins of the finest histogram per bin
     bins_GPHC3: Tensor
     sums_GPHJ: Tensor
     kind_PH: Tensor
@@ -89,15 +90,6 @@ class CalibrationMetrics(Metric):
                 domain is unknown.
         """
         self.kind_PH = torch.maximum(self.kind_PH, kind_PH.to(self.kind_PH.device))
-        for p_ME, used_MK, group_M in self._events(p_BTPHE, experts_BTPHK, valid_BTPH, domain_B):
-            self._add(p_ME, used_MK, group_M)
-
-    def _events(
-        self, p_BTPHE: Tensor, experts_BTPHK: Tensor, valid_BTPH: Tensor, domain_B: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The valid events in bounded chunks: probabilities, used experts, flat index of (domain, point,
-        horizon).
-        """
         points = self.layers + 1
         expected = (*valid_BTPH.shape[:2], points, self.horizons, self.experts)
         if tuple(p_BTPHE.shape) != expected or tuple(experts_BTPHK.shape) != (*expected[:4], self.top_k):
@@ -105,25 +97,40 @@ class CalibrationMetrics(Metric):
                 f"forecast {tuple(p_BTPHE.shape)} and targets {tuple(experts_BTPHK.shape)} do not fit "
                 f"[B, T, P={points}, H={self.horizons}, E={self.experts} | K={self.top_k}]"
             )
-        if domain_B.numel() and not 0 <= int(domain_B.min()) <= int(domain_B.max()) < len(self.domains):
+        # What must be looked at from outside the device is: the domains of the batch, the number of valid
+        # events, and (once for all chunks) the range of the probabilities.
+        domains, domain_B = domain_B.unique(return_inverse=True)
+        present = domains.tolist()
+        if present and not 0 <= present[0] <= present[-1] < len(self.domains):
             raise ValueError(f"a domain id lies outside the {len(self.domains)} domains of this metric")
-        where = valid_BTPH.nonzero()
-        step = max(1, _CHUNK_CELLS // self.experts)
-        for chunk in where.split(step):
-            b, t, p, h = chunk.unbind(1)
-            p_ME = p_BTPHE[b, t, p, h].float()
-            low, high = p_ME.aminmax() if p_ME.numel() else (p_ME.new_zeros(()), p_ME.new_zeros(()))
-            if not (low >= 0 and high <= 1 + 1e-5):  # written so that NaN fails
-                raise ValueError(f"forecast probabilities span [{float(low)}, {float(high)}], not [0, 1]")
-            group_M = (domain_B[b] * points + p) * self.horizons + h
-            yield p_ME.clamp(max=1.0), experts_BTPHK[b, t, p, h], group_M
+        where_M = valid_BTPH.flatten().nonzero().flatten()
+        if not len(where_M):
+            return
+        p_NE, used_NK = p_BTPHE.reshape(-1, self.experts), experts_BTPHK.reshape(-1, self.top_k)
+        per_sequence = valid_BTPH[0].numel()
+        ranges = []
+        for chunk_M in where_M.split(max(1, _CHUNK_CELLS // self.experts)):
+            p_ME = p_NE.index_select(0, chunk_M).float()
+            ranges.append(torch.stack(p_ME.aminmax()))
+            pair_M = chunk_M % (points * self.horizons)
+            used_MK, domain_M = used_NK.index_select(0, chunk_M), domain_B[chunk_M // per_sequence]
+            self._add(p_ME.clamp_(0, 1), used_MK, pair_M, domain_M, domains)
+        low, high = torch.stack(ranges).T.tolist()
+        if not all(a >= 0 and b <= 1 + 1e-5 for a, b in zip(low, high, strict=True)):  # so that NaN fails
+            raise ValueError(f"forecast probabilities span [{min(low)}, {max(high)}], not [0, 1]")
 
-    def _add(self, p_ME: Tensor, used_MK: Tensor, group_M: Tensor) -> None:
-        groups = self.sums_GPHJ[..., 0].numel()
-        coarse = calibration_bins(p_ME, used_MK, group_M, groups, self.bins)
-        self.bins_GPHC3 += coarse.view_as(self.bins_GPHC3)
-        found_MJ = event_scores(p_ME, used_MK, self.scores)
-        self.sums_GPHJ.view(groups, -1).index_add_(0, group_M, found_MJ)
+    def _add(self, p_ME: Tensor, used_MK: Tensor, pair_M: Tensor, domain_M: Tensor, domains: Tensor) -> None:
+        """Add valid events: index of their (point, horizon), and of their domain among ``domains``."""
+        pairs = (self.layers + 1) * self.horizons
+        group_M, groups = domain_M * pairs + pair_M, len(domains) * pairs
+        bins = calibration_bins(p_ME, used_MK, group_M, groups, self.bins * self.fine)
+        self._add_bins(bins.view(len(domains), *self.kind_PH.shape, self.bins * self.fine, 3), domains)
+        sums_J = torch.zeros(groups, len(self.scores), dtype=torch.float64, device=p_ME.device)
+        sums_J.index_add_(0, group_M, event_scores(p_ME, used_MK, self.scores))
+        self.sums_GPHJ.index_add_(0, domains, sums_J.view(len(domains), *self.kind_PH.shape, -1))
+
+    def _add_bins(self, bins_GPHF3: Tensor, domains: Tensor) -> None:
+        self.bins_GPHC3.index_add_(0, domains, bins_GPHF3)
 
     def _slices(self) -> Iterator[tuple[str, int, list[int]]]:
         """Every (kind, horizon) with events: kind's name, horizon index, its source points."""
@@ -174,6 +181,7 @@ class RoutingMetrics(CalibrationMetrics):
     """
 
     scores: ClassVar[tuple[str, ...]] = SCORES
+    fine: ClassVar[int] = FINE_PER_BIN
     fine_PHF3: Tensor
 
     def __init__(
@@ -187,14 +195,12 @@ class RoutingMetrics(CalibrationMetrics):
         **kwargs: Any,
     ) -> None:
         super().__init__(layers, experts, top_k, horizons, domains, bins, **kwargs)
-        shape = (layers + 1, horizons, bins * FINE_PER_BIN, 3)
+        shape = (layers + 1, horizons, bins * self.fine, 3)
         self.add_state("fine_PHF3", torch.zeros(shape, dtype=torch.float64), "sum")
 
-    def _add(self, p_ME: Tensor, used_MK: Tensor, group_M: Tensor) -> None:
-        super()._add(p_ME, used_MK, group_M)
-        groups = (self.layers + 1) * self.horizons
-        fine = calibration_bins(p_ME, used_MK, group_M % groups, groups, self.bins * FINE_PER_BIN)
-        self.fine_PHF3 += fine.view_as(self.fine_PHF3)
+    def _add_bins(self, bins_GPHF3: Tensor, domains: Tensor) -> None:
+        self.fine_PHF3 += bins_GPHF3.sum(0)
+        super()._add_bins(bins_GPHF3.unflatten(-2, (self.bins, self.fine)).sum(-2), domains)
 
     def _means(self, sums_J: Tensor, bins_C3: Tensor) -> dict[str, Any]:
         means = super()._means(sums_J, bins_C3)

@@ -73,8 +73,8 @@ def test_brier_and_nll_match_scikit_learn() -> None:
     truth = torch.zeros_like(p_ME).scatter(1, used_MK, 1.0)
     scores = dict(zip(SCORES, event_scores(p_ME, used_MK).mean(0).tolist(), strict=True))
     flat_p, flat_y = p_ME.double().flatten().numpy(), truth.flatten().numpy()
-    assert scores["brier"] == pytest.approx(brier_score_loss(flat_y, flat_p), abs=1e-9)
-    assert scores["nll"] == pytest.approx(log_loss(flat_y, flat_p), abs=1e-9)
+    assert scores["brier"] == pytest.approx(brier_score_loss(flat_y, flat_p), abs=1e-7)
+    assert scores["nll"] == pytest.approx(log_loss(flat_y, flat_p), abs=1e-7)
 
     p_ME, used_MK = make_events(4, 300, 8, 1)
     scores = dict(zip(SCORES, event_scores(p_ME, used_MK).mean(0).tolist(), strict=True))
