@@ -1,4 +1,4 @@
-"""Fit a predictor's calibrator on validation data.
+"""Fit a predictor's calibrator, and its conformal sets, on validation data.
 
 Letters: B sequences, T tokens, P source points, H horizons, E experts per layer, K experts per token.
 """
@@ -11,19 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specgate.calibration.temperature import TemperatureScaling
+from specgate.calibration.conformal import ConformalSets
+from specgate.calibration.registry import link_of, make_calibrator
+from specgate.errors import ConfigError
 from specgate.predictors.base import Predictor, batch_chunks
 from specgate.traces.batch import RoutingBatch, targets
 
+__all__ = [
+    "CalibratorFitter",
+    "NoCalibration",
+    "TemperatureFitter",
+    "fit_conformal",
+    "forecast_stream",
+    "link_of",
+]
+
 MAX_LOGITS = 20_000_000
 """Batches are cut along B so that no forecast holds more logits than this (80 MB in float32)."""
-
-
-def link_of(top_k: int) -> str:
-    """The link between logits and probabilities: softmax for one expert per token, else a sigmoid per
-    expert.
-    """
-    return "softmax" if top_k == 1 else "sigmoid"
 
 
 @torch.no_grad()
@@ -50,35 +54,46 @@ def forecast_stream(
     predictor.train(was_training)
 
 
-class TemperatureFitter:
-    """Gives a predictor a :class:`TemperatureScaling` fitted on validation batches.
+class CalibratorFitter:
+    """Gives a predictor a calibrator fitted on validation batches, and if wanted conformal sets.
 
     Args:
-        cells: bound on the (logit, used) cells kept per kind and horizon.
+        calibrator: name of the calibrator, see ``specgate.calibration.registry``.
+        cells: bound on the (logit, used) cells kept per kind and horizon (see :meth:`Calibrator.fit`).
         seed: of their sampling.
+        conformal: also fit :class:`ConformalSets` and keep them as ``predictor.conformal`` (they go into the
+            checkpoint).
     """
 
-    def __init__(self, cells: int = 200_000, seed: int = 0) -> None:
-        self.cells, self.seed = cells, seed
+    def __init__(
+        self, calibrator: str = "temperature", cells: int = 200_000, seed: int = 0, conformal: bool = False
+    ) -> None:
+        self.calibrator, self.cells, self.seed, self.conformal = calibrator, cells, seed, conformal
 
     def __call__(
         self, predictor: Predictor, batches: Iterable[RoutingBatch], device: torch.device | str | None = None
     ) -> list[dict[str, Any]]:
-        """Fit and install ``predictor.calibrator``; returns what :meth:`TemperatureScaling.fit` returns.
+        """Fit and install ``predictor.calibrator``; returns what :meth:`Calibrator.fit` returns.
 
         Args:
-            batches: of the validation split.
+            batches: of the validation split; read once, and once more for conformal sets.
             device: where the predictor computes; default, where it is.
         """
-        scaling = TemperatureScaling(predictor.lookahead, link_of(predictor.top_k))
+        calibrator = make_calibrator(self.calibrator, predictor)
+        fitted = calibrator.fit(
+            logit_stream(predictor, batches, device), predictor.kinds.cpu(), self.cells, self.seed
+        )
+        predictor.calibrator = calibrator.to(predictor.device)
+        if self.conformal:
+            fit_conformal(predictor, batches, device)
+        return [{"calibrator": self.calibrator, **row} for row in fitted]
 
-        def stream() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for batch, logits_BTPHE in forecast_stream(predictor, batches, device):
-                yield logits_BTPHE, *targets(batch, predictor.lookahead)
 
-        fitted = scaling.fit(stream(), predictor.kinds.cpu(), self.cells, self.seed)
-        predictor.calibrator = scaling.to(predictor.device)
-        return fitted
+class TemperatureFitter(CalibratorFitter):
+    """Gives a predictor a :class:`TemperatureScaling` fitted on validation batches."""
+
+    def __init__(self, cells: int = 200_000, seed: int = 0, conformal: bool = False) -> None:
+        super().__init__("temperature", cells, seed, conformal)
 
 
 class NoCalibration:
@@ -89,3 +104,41 @@ class NoCalibration:
     ) -> list[dict[str, Any]]:
         """Does nothing and fits nothing."""
         return []
+
+
+def logit_stream(
+    predictor: Predictor, batches: Iterable[RoutingBatch], device: torch.device | str | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """``(logits_BTPHE, experts_BTPHK, valid_BTPH)`` for every batch."""
+    for batch, logits_BTPHE in forecast_stream(predictor, batches, device):
+        yield logits_BTPHE, *targets(batch, predictor.lookahead)
+
+
+def fit_conformal(
+    predictor: Predictor,
+    batches: Iterable[RoutingBatch],
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> ConformalSets:
+    """Fit conformal sets on the predictor's (calibrated) probabilities and keep them as
+    ``predictor.conformal``.
+
+    Where the calibrator maps all experts of a forecast by one increasing function (temperature and isotonic
+    for K > 1), the sets are what they would be without it, so that both may be fitted on the same documents.
+    Otherwise the guarantee is exact for calibrators fitted on other documents; here it is off by what a few
+    parameters can adapt to thousands of events.
+
+    Args:
+        batches: of the validation split.
+        seed: of the sample from which set sizes are measured.
+    """
+    sets = ConformalSets(predictor.lookahead, predictor.experts)
+
+    def stream() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for logits_BTPHE, *truth in logit_stream(predictor, batches, device):
+            yield predictor.calibrator(logits_BTPHE, predictor.kinds), truth[0], truth[1]
+
+    if not sets.fit(stream(), predictor.kinds.cpu(), seed=seed):
+        raise ConfigError("no forecast of the validation split is scored: conformal sets need some")
+    predictor.add_module("conformal", sets.to(predictor.device))
+    return sets

@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 
-from specgate.calibration.fit import link_of
-from specgate.calibration.temperature import TemperatureScaling
+from specgate.calibration.conformal import ConformalSets
+from specgate.calibration.registry import restore_calibrator
 from specgate.errors import CheckpointError, SpecgateError
 from specgate.predictors.base import Predictor
+from specgate.predictors.quantize import pack
 from specgate.predictors.registry import predictor_class
 from specgate.traces.batch import StackSpec
 
 _PREFERRED = ("model.ckpt", "predictor.ckpt", "best.ckpt")
-_CALIBRATOR = "calibrator."
+_CALIBRATOR, _CONFORMAL = "calibrator.", "conformal."
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -76,8 +77,13 @@ def load_predictor(path: str | Path, device: torch.device | str = "cpu") -> Pred
     cls = predictor_class(str(hparams["predictor"]))
     try:
         predictor = cls(**hparams)
-        if any(key.startswith(_CALIBRATOR) for key in state):
-            predictor.calibrator = TemperatureScaling(predictor.lookahead, link_of(predictor.top_k))
+        for prefix, part in predictors_in(predictor):
+            if saved_calibrator := _below(prefix + _CALIBRATOR, state):
+                part.calibrator = restore_calibrator(saved_calibrator, part)
+            if _below(prefix + _CONFORMAL, state):
+                part.add_module("conformal", ConformalSets(part.lookahead, part.experts))
+        if isinstance(saved.get("quantization"), dict):
+            pack(predictor, **saved["quantization"], empty=True)
         predictor.load_state_dict(state)
     except SpecgateError:
         raise
@@ -88,6 +94,19 @@ def load_predictor(path: str | Path, device: torch.device | str = "cpu") -> Pred
             "train it again"
         ) from error
     return predictor.eval().to(device)
+
+
+def predictors_in(predictor: Predictor) -> list[tuple[str, Predictor]]:
+    """The predictor itself and those it is made of (an ensemble's members), each with the prefix of its keys
+    in the state.
+    """
+    modules = predictor.named_modules()
+    return [(f"{name}." if name else "", part) for name, part in modules if isinstance(part, Predictor)]
+
+
+def _below(prefix: str, state: dict[str, Any]) -> dict[str, Any]:
+    """The part of a state whose keys begin with ``prefix``, under the keys' rest."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:

@@ -14,10 +14,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from specgate.calibration.base import Calibrator
 from specgate.calibration.decay import confidence_decay
 from specgate.calibration.fit import TemperatureFitter
 from specgate.calibration.load import check_compatible, find_checkpoint, load_predictor
-from specgate.calibration.temperature import TemperatureScaling
 from specgate.errors import CheckpointError, ConfigError, SpecgateError
 from specgate.predictors.base import Predictor
 from specgate.predictors.counting import CountingPredictor
@@ -31,6 +31,7 @@ from specgate.training import norm_eps
 FREE = (
     "popularity",
     "markov",
+    "markov2",
     "previous_token",
     "recency",
     "token_table",
@@ -162,7 +163,7 @@ class Contest:
     def score(self, predictor: Predictor, label: str) -> None:
         """Calibrate if that was not done yet (the oracle needs none), and add the predictor's rows."""
         predictor.to(self.device)
-        if label != ORACLE and not isinstance(predictor.calibrator, TemperatureScaling):
+        if label != ORACLE and not isinstance(predictor.calibrator, Calibrator):
             fitted = self.fitter(predictor, self.data.val_dataloader(), self.device)
             self.calibration += [{"trace": self.trace, "predictor": label, **row} for row in fitted]
         self.rows += evaluate_data(

@@ -24,10 +24,10 @@ from rich.progress import (
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from specgate.calibration.fit import forecast_stream, link_of
-from specgate.calibration.temperature import TemperatureScaling
+from specgate.calibration.base import Calibrator
+from specgate.calibration.fit import forecast_stream
 from specgate.metrics import CalibrationMetrics, RoutingMetrics
-from specgate.predictors.base import Predictor
+from specgate.predictors.base import LinkCalibrator, Predictor
 from specgate.traces.batch import RoutingBatch, targets
 from specgate.traces.datamodule import RoutingDataModule
 
@@ -97,19 +97,20 @@ def evaluate(
     """
     shape = (predictor.layers, predictor.experts, predictor.top_k, predictor.lookahead, list(domains), bins)
     after, before = RoutingMetrics(*shape), CalibrationMetrics(*shape)
-    bare = TemperatureScaling(predictor.lookahead, link_of(predictor.top_k))
+    bare = LinkCalibrator(predictor.top_k)
+    twice = not isinstance(predictor.calibrator, LinkCalibrator)  # else both are the same forecasts
     name = str(labels.get("predictor", predictor.name))
     started = time.perf_counter()
     for batch, logits_BTPHE in forecast_stream(predictor, _with_progress(batches, name, progress), device):
         place = logits_BTPHE.device
-        after.to(place), before.to(place), bare.to(place)
+        if after.device != place:
+            after.to(place), before.to(place)
         truth = (*targets(batch, predictor.lookahead), predictor.kinds.to(place), batch.domain_B)
         after.update(predictor.calibrator(logits_BTPHE, predictor.kinds), *truth)
-        before.update(bare(logits_BTPHE, predictor.kinds), *truth)
+        if twice:
+            before.update(bare(logits_BTPHE.float(), predictor.kinds), *truth)
     seconds = time.perf_counter() - started
-    fitted = isinstance(predictor.calibrator, TemperatureScaling) and bool(
-        predictor.calibrator.events_QH.any()
-    )
+    fitted = isinstance(predictor.calibrator, Calibrator) and predictor.calibrator.fitted
     front = {
         **labels,
         "predictor": name,
@@ -120,11 +121,11 @@ def evaluate(
         "top_k": predictor.top_k,
         "seconds": round(seconds, 3),
     }
-    return list(_rows(front, after, before))
+    return list(_rows(front, after, before if twice else after))
 
 
 def _rows(
-    front: Mapping[str, Any], after: RoutingMetrics, before: CalibrationMetrics
+    front: Mapping[str, Any], after: CalibrationMetrics, before: CalibrationMetrics
 ) -> Iterator[dict[str, Any]]:
     raw = before.compute()
     for kind, horizons in after.compute().items():

@@ -1,0 +1,106 @@
+"""How often conformal sets cover what was used, per document: events of one document are not independent.
+
+Letters: B sequences, P source points, H horizons, E experts per layer, K experts per token, Q kinds of
+target, J modes, C coverage levels, M events, D documents, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from specgate.calibration.base import slices
+from specgate.calibration.conformal import MODES, ConformalSets, levels_named
+from specgate.traces.batch import KINDS
+
+Float = NDArray[np.float64]
+NAMED = (0.8, 0.9, 0.95)
+
+
+class CoverageByDocument:
+    """Sums of coverage and set size per document, for any number of batches.
+
+    Args:
+        sets: fitted thresholds.
+        documents: how many documents ``document_B`` counts.
+        levels: the levels to look at.
+    """
+
+    def __init__(self, sets: ConformalSets, documents: int, levels: Sequence[float] = NAMED) -> None:
+        self.sets, self.levels = sets, tuple(levels)
+        self.limits_JQHC = sets.threshold_JQHC[..., levels_named(self.levels)]
+        shape = (documents, len(MODES), len(KINDS), sets.horizons, len(self.levels), 2)
+        self.sums_DJQHC2 = torch.zeros(shape, dtype=torch.float64)
+        self.events_DQH = torch.zeros(documents, len(KINDS), sets.horizons, dtype=torch.float64)
+
+    @torch.no_grad()
+    def update(
+        self, p_BTPHE: Tensor, experts_BTPHK: Tensor, valid_BTPH: Tensor, kind_PH: Tensor, document_B: Tensor
+    ) -> None:
+        """Add one batch (see ``specgate.traces.batch.targets``)."""
+        for kind, h0, points in slices(kind_PH, self.sets.horizons):
+            chosen_BTP = valid_BTPH[..., points, h0]
+            if not bool(chosen_BTP.any()):
+                continue
+            p_ME = p_BTPHE[..., points, h0, :][chosen_BTP]
+            p_MK = p_ME.gather(1, experts_BTPHK[..., points, h0, :][chosen_BTP])
+            document_M = document_B[:, None, None].expand_as(chosen_BTP)[chosen_BTP].cpu()
+            self.events_DQH[:, kind, h0] += torch.bincount(document_M, minlength=len(self.events_DQH))
+            for j, mode in enumerate(MODES):
+                for c in range(len(self.levels)):
+                    limit = self.limits_JQHC[j, kind, h0, c]
+                    in_MK = p_MK >= limit
+                    covered_M = in_MK.all(1).double() if mode == "all" else in_MK.double().mean(1)
+                    two_M2 = torch.stack([covered_M, (p_ME >= limit).sum(1).double()], 1).cpu()
+                    self.sums_DJQHC2[:, j, kind, h0, c].index_add_(0, document_M, two_M2)
+
+    def rows(self, resamples: int = 1000, seed: int = 0) -> list[dict[str, Any]]:
+        """One dict per mode, kind, horizon and level: ``n``, ``documents``, ``coverage``, ``low``, ``high``
+        (95 % interval from resampled documents), ``gap`` (coverage - level) and ``mean_size``.
+        """
+        found = []
+        for j, mode in enumerate(MODES):
+            for q, kind in KINDS.items():
+                for h0 in range(self.sets.horizons):
+                    events_D = self.events_DQH[:, q, h0].numpy()
+                    if not events_D.any():
+                        continue
+                    for c, level in enumerate(self.levels):
+                        covered_D, size_D = self.sums_DJQHC2[:, j, q, h0, c].numpy().T
+                        coverage = float(covered_D.sum() / events_D.sum())
+                        low, high = ratio_interval(covered_D, events_D, resamples, seed)
+                        found.append(
+                            {
+                                "mode": mode,
+                                "kind": kind,
+                                "horizon": h0 + 1,
+                                "level": level,
+                                "n": int(events_D.sum()),
+                                "documents": int((events_D > 0).sum()),
+                                "coverage": round(coverage, 5),
+                                "low": round(low, 5),
+                                "high": round(high, 5),
+                                "gap": round(coverage - level, 5),
+                                "mean_size": round(float(size_D.sum() / events_D.sum()), 4),
+                            }
+                        )
+        return found
+
+
+def ratio_interval(
+    part_D: Float, whole_D: Float, resamples: int = 1000, seed: int = 0, share: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of sum(part) / sum(whole) when whole documents are drawn anew with replacement."""
+    there_D = whole_D > 0
+    part_D, whole_D = part_D[there_D], whole_D[there_D]
+    draws_RD = np.random.default_rng(seed).multinomial(
+        len(part_D), np.full(len(part_D), 1 / len(part_D)), size=resamples
+    )
+    ratio_R = (draws_RD @ part_D) / (draws_RD @ whole_D)
+    low, high = np.quantile(ratio_R, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
