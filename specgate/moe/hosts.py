@@ -48,6 +48,14 @@ def bundled_hosts() -> list[str]:
     return sorted(path.parent.name for path in REFERENCE.glob("*/config.json"))
 
 
+def local_directory(name_or_path: str) -> Path | None:
+    """Where a model lies on this machine: a bundled one by its name, or a directory; None if it does not."""
+    if name_or_path in bundled_hosts():
+        return REFERENCE / name_or_path
+    path = Path(name_or_path).expanduser()
+    return path if (path / "config.json").is_file() else None
+
+
 def load_host(
     name_or_path: str,
     revision: str | None = None,

@@ -90,13 +90,15 @@ class TokenTable(CountingPredictor):
         ids_B = batch.token_ids_BT.gather(1, last_valid_B(batch.valid_BT)[:, None])[:, 0]
         row_B = self.row_V[ids_B]
         known_B11 = (row_B >= 0)[:, None, None]
-        index = [min(column, self.width - 1) for column in columns]
-        first, last = index[0], index[-1] + 1
-        prior_CE = self.prior_LE()[[column % self.layers for column in range(first, last)]]
+        first, last = (min(column, self.width - 1) for column in (columns[0], columns[-1]))
+        last += 1
+        column_C = torch.arange(first, last, device=row_B.device)
+        prior_CE = self.prior_LE()[column_C % self.layers]
         counts_BCE = self.counts_RCE[row_B.clamp(min=0), first:last] * known_B11
         seen_BC1 = self.seen_RC[row_B.clamp(min=0), first:last][..., None] * known_B11
         p_BCE = (counts_BCE + self.smoothing * prior_CE) / (seen_BC1 + self.smoothing)
         logits_BCE = self.link(p_BCE)
-        if last - first == len(index):
+        if last - first == len(columns):
             return logits_BCE
-        return logits_BCE[:, [column - first for column in index]]
+        wanted_H = torch.arange(columns.start, columns.stop, device=row_B.device)
+        return logits_BCE[:, wanted_H.clamp(max=self.width - 1) - first]

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,30 @@ def page(record: Mapping[str, Any], pictures: Mapping[str, Mapping[str, Path]]) 
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>specgate: how well is expert routing foreseen?</title><style>{STYLE}</style></head>\n"
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def plain_page(
+    record: Mapping[str, Any],
+    title: str,
+    introduction: str,
+    tables: Sequence[Table],
+    pictures: Sequence[tuple[Path, str]],
+) -> str:
+    """A page of tables and pictures, for the modes that have no page of their own.
+
+    Args:
+        pictures: (path of the PNG, caption), embedded.
+    """
+    parts = [f"<h1>{_text(title)}</h1>", f"<p class=lead>{_text(introduction)}</p>"]
+    parts += [table.to_html() for table in tables]
+    parts += [_picture(path, caption, caption) for path, caption in pictures]
+    parts += ["<h2>How this was made</h2>", _origin(record)]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>specgate: {_text(title)}</title><style>{STYLE}</style></head>\n"
         f"<body>{''.join(parts)}</body></html>\n"
     )
 

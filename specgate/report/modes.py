@@ -12,6 +12,7 @@ from rich.console import Console
 
 from specgate.errors import ConfigError
 from specgate.report.accuracy import AccuracySettings, compare
+from specgate.report.cost import CostSettings, measure
 from specgate.traces.datamodule import RoutingDataModule
 
 Mode = Callable[[Any, Mapping[str, RoutingDataModule], Any, Console], dict[str, Any]]
@@ -25,7 +26,15 @@ def accuracy(
     return compare(AccuracySettings(**values), traces, fitter, console)
 
 
-MODES: dict[str, Mode] = {"accuracy": accuracy}
+def cost(
+    cfg: DictConfig, traces: Mapping[str, RoutingDataModule], fitter: Any, console: Console
+) -> dict[str, Any]:
+    """What a forecast costs (``specgate.report.cost``)."""
+    values: Any = OmegaConf.to_container(cfg.cost, resolve=True)
+    return measure(CostSettings(**values), traces, console)
+
+
+MODES: dict[str, Mode] = {"accuracy": accuracy, "cost": cost}
 
 
 def run_mode(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from specgate.report.cost_page import publish_cost
 from specgate.report.html import write_page
 from specgate.report.plots import draw_all
 from specgate.report.style import scored_rows, traces_of
@@ -20,6 +21,9 @@ from specgate.report.tables import (
     summary_table,
     trace_table,
 )
+
+#: Modes of benchmark.py whose rows are not scores on a split, and what they look like.
+PAGES: dict[str, Callable[[Mapping[str, Any], Path, Console | None], Path]] = {"cost": publish_cost}
 
 
 def tables_of(record: Mapping[str, Any]) -> list[Table]:
@@ -43,6 +47,8 @@ def publish(record: Mapping[str, Any], directory: str | Path, console: Console |
     Returns:
         Path of the HTML page.
     """
+    if record.get("mode") in PAGES:
+        return PAGES[record["mode"]](record, Path(directory), console)
     directory, record = Path(directory), {**record, "rows": scored_rows(record)}
     pictures = draw_all(record, directory / "plots")
     tables = tables_of(record)
