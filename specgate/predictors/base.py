@@ -166,6 +166,11 @@ class Predictor(L.LightningModule):
         last_B = last_valid_B(batch.valid_BT)
         return self(batch)[torch.arange(last_B.shape[0], device=last_B.device), last_B, layer + 1]
 
+    def step_probabilities(self, batch: RoutingBatch, layer: int) -> Tensor:
+        """Calibrated :meth:`step_logits`, ``[B, H, E]``; a calibrator may differ from point to point."""
+        logits_BPHE = self.step_logits(batch, layer)[:, None].expand(-1, self.layers + 1, -1, -1)
+        return self.calibrator(logits_BPHE, self.kinds)[:, layer + 1]
+
     def flops_per_token_layer(self, context: int) -> float | None:
         """Floating-point operations (a multiply-add is two) of :meth:`forward` per token and layer of a
         window of ``context`` tokens; None: as counted while it runs.
@@ -258,8 +263,7 @@ class Predictor(L.LightningModule):
             raise SpecgateError("the state holds no token yet: pass at least the current token's id")
         was_training = self.training
         self.eval()
-        logits_B1HE = self.step_logits(state, layer)[:, None]
-        p_BHE = self.calibrator(logits_B1HE, self.kinds[layer + 1 : layer + 2])[:, 0]
+        p_BHE = self.step_probabilities(state, layer)
         self.train(was_training)
         rows = rows.to(p_BHE.device)
         p_BHE = p_BHE[:, rows]

@@ -136,6 +136,8 @@ class Ensemble(Predictor):
                 f"member {label} knows {member.vocab_size} token ids and the ensemble {self.vocab_size}:"
                 " combine predictors of one tokenizer"
             )
+        if member.quantization is not None:
+            raise ConfigError(f"member {label} is packed: combine checkpoints as trained, then quantise")
         if member.bidirectional and not self.bidirectional:
             raise ConfigError(f"member {label} looks at later tokens, which this stack does not know yet")
 
@@ -157,14 +159,10 @@ class Ensemble(Predictor):
     def step_logits(self, batch: RoutingBatch, layer: int) -> Tensor:
         """The logits of each sequence's last token from one layer, ``[B, H, E]``: each member's own step,
         combined."""
-        point = slice(layer + 1, layer + 2)
-
-        def steps() -> Iterator[Tensor]:
-            for one in self._each():
-                logits_B1HE = one.step_logits(batch, layer)[:, None]
-                yield one.calibrator(logits_B1HE, one.kinds[point])[..., : self.lookahead, :].float()
-
-        return self.combined(steps(), self.kinds[point])[:, 0]
+        steps = (
+            one.step_probabilities(batch, layer)[:, None, : self.lookahead].float() for one in self._each()
+        )
+        return self.combined(steps, self.kinds[layer + 1 : layer + 2])[:, 0]
 
     def _each(self) -> Iterator[Predictor]:
         for one in self.members:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from specgate import load_predictor
+from specgate.calibration.registry import make_calibrator
 from specgate.calibration.temperature import TemperatureScaling
+from specgate.calibration.vector import VectorScaling
 from specgate.errors import ConfigError
 from specgate.metrics.functional import event_scores
 from specgate.metrics.uncertainty import PARTS, decompose
@@ -171,6 +173,22 @@ def test_one_step_is_the_last_row_of_the_window(combine: str, K: int) -> None:
                 atol=1e-4,
             )
     assert ensemble.predict_next_experts(make_batch(B=1, padded=False, K=K), 0).p_HE.shape == (3, EXPERTS)
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_one_step_of_a_calibrator_that_differs_from_point_to_point(K: int) -> None:
+    ensemble, batch = ensemble_of(K=K), make_batch(K=K)
+    vector = make_calibrator("vector", ensemble)
+    assert isinstance(vector, VectorScaling)
+    g = torch.Generator().manual_seed(0)
+    vector.expert_offset_PHE.copy_(torch.randn(vector.expert_offset_PHE.shape, generator=g))
+    ensemble.calibrator = vector
+    last = batch.valid_BT.sum(1) - 1
+    with torch.no_grad():
+        p = ensemble.probabilities(batch)[torch.arange(3), last]
+        for layer in range(-1, LAYERS):
+            step = ensemble.step_probabilities(batch, layer)
+            torch.testing.assert_close(step, p[:, layer + 1], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("combine", COMBINE)
