@@ -2,11 +2,12 @@
 
 Letters: L MoE layers, E experts per layer, K experts per token, N tokens, G groups.
 
-Expert numbers mean nothing across layers, so two layers are compared by what does not depend on numbering: how
-well one layer's choice of experts tells the other's, measured from their co-activation (transition) counts as
-linear centred kernel alignment of the two 0/1 matrices tokens x experts (Kornblith et al., "Similarity of Neural
-Network Representations Revisited", 2019, arXiv:1905.00414). The cut into G runs of layers is the exact minimum of
-the kernel change-point cost (Arlot, Celisse and Harchaoui, 2019, arXiv:1202.3878), by dynamic programming.
+Expert numbers mean nothing across layers, so two layers are compared by what does not depend on numbering:
+how well one layer's choice of experts tells the other's, measured from their co-activation (transition)
+counts as linear centred kernel alignment of the two 0/1 matrices tokens x experts (Kornblith et al.,
+"Similarity of Neural Network Representations Revisited", 2019, arXiv:1905.00414). The cut into G runs of
+layers is the exact minimum of the kernel change-point cost (Arlot, Celisse and Harchaoui, 2019,
+arXiv:1202.3878), by dynamic programming.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from specgate.traces.batch import RoutingBatch
 
 
 def routing_similarity(
-    batches: Iterable[RoutingBatch], layers: int, experts: int, tokens: int, device: torch.device | str = "cpu"
+    batches: Iterable[RoutingBatch],
+    layers: int,
+    experts: int,
+    tokens: int,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Centred kernel alignment of every two layers' routing over the first ``tokens`` scored tokens.
 

@@ -1,14 +1,15 @@
 """A trunk that all layers share, a sub-model per group of layers (early, middle, late), a head per layer.
 
-Letters: B sequences, T tokens, N = B * T tokens flat, L MoE layers, P = L + 1 source points, H horizons, E experts,
-    F features, W width, G groups, A attention heads, C width of a head.
+Letters: B sequences, T tokens, N = B * T tokens flat, L MoE layers, P = L + 1 source points, H horizons, E
+    experts, F features, W width, G groups, A attention heads, C width of a head.
 
-What is the same everywhere (how the residual stream and the text are read) is learnt once from all layers, what
-differs with depth by a group of layers together, what is a layer's own (its experts) by the layer: the sharing of
-parameters by depth of progressive layered extraction (Tang et al., RecSys 2020, doi:10.1145/3383313.3412236)
-applied to MoE layers, whose routing is known to differ in kind between early, middle and late layers (Jiang et
-al., "Mixtral of Experts", 2024, arXiv:2401.04088, section 5; Xue et al., "OpenMoE", 2024, arXiv:2402.01739). Which
-layers form a group is given, or found in the training data before the first step (``grouping.py``).
+What is the same everywhere (how the residual stream and the text are read) is learnt once from all layers,
+what differs with depth by a group of layers together, what is a layer's own (its experts) by the layer: the
+sharing of parameters by depth of progressive layered extraction (Tang et al., RecSys 2020,
+doi:10.1145/3383313.3412236) applied to MoE layers, whose routing is known to differ in kind between early,
+middle and late layers (Jiang et al., "Mixtral of Experts", 2024, arXiv:2401.04088, section 5; Xue et al.,
+"OpenMoE", 2024, arXiv:2402.01739). Which layers form a group is given, or found in the training data before
+the first step (``grouping.py``).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from specgate.errors import ConfigError
 from specgate.predictors.features import PointFeatures
 from specgate.predictors.grouping import check_groups, contrast, equal_groups, routing_similarity, segment
-from specgate.predictors.layers import PointLinear
+from specgate.predictors.layers import PointLinear, lookup
 from specgate.predictors.mlp import ENTRY_GAIN
 from specgate.predictors.router_prior import RouterPrior
 from specgate.traces.batch import WITHIN, RoutingBatch
@@ -35,8 +36,8 @@ HEAD_WIDTH = 16
 
 
 class SharedAttention(nn.Module):
-    """Self-attention over tokens with one set of weights for all source points; a linear penalty on distance per
-    head (ALiBi: Press et al., 2022, arXiv:2108.12409).
+    """Self-attention over tokens with one set of weights for all source points; a linear penalty on distance
+    per head (ALiBi: Press et al., 2022, arXiv:2108.12409).
 
     Args:
         full: attend to later tokens too (a bidirectional stack); else causal.
@@ -95,8 +96,9 @@ class Hierarchical(RouterPrior):
     """The ``hierarchical`` predictor.
 
     Args:
-        groups: how many groups of neighbouring layers to find in the training data, or the groups themselves as
-            lists of layers. A point p > 0 belongs to the group of the layer it has reached, p = 0 to layer 0's.
+        groups: how many groups of neighbouring layers to find in the training data, or the groups themselves
+            as lists of layers. A point p > 0 belongs to the group of the layer it has reached, p = 0 to layer
+            0's.
         group_tokens: training tokens that the groups are found on.
         width: of trunk and sub-models. depth: residual layers per sub-model. dropout: on their hidden units.
         heads: of the trunk's attention over tokens (0: none).
@@ -104,7 +106,8 @@ class Hierarchical(RouterPrior):
         those of :class:`RouterPrior`.
 
     Shapes:
-        group_P (buffer): int64 group of each source point. similarity_LL (buffer): measured, zero if it was not.
+        group_P (buffer): int64 group of each source point. similarity_LL (buffer): measured, zero if it was
+            not.
         measured (buffer): bool, whether the groups were found in data. All three travel in the checkpoint.
         forward: ``RoutingBatch`` -> logits ``[B, T, P, H, E]``.
 
@@ -156,9 +159,11 @@ class Hierarchical(RouterPrior):
             heads=0,
         )
         around, used = token_dim * len(self.features.offsets), 2 * self.experts
-        past = self.lookahead * self.experts * (1 + len(self.features.decays)) if self.phase == "decode" else 0
+        past = (
+            self.lookahead * self.experts * (1 + len(self.features.decays)) if self.phase == "decode" else 0
+        )
         rest = self.features.size - around - used - 3 * state_dim - past
-        #: Columns of the features: token, this and the previous layer's experts, state, past use, hidden state.
+        #: Columns of the features: token, this layer's and the previous one's experts, state, past, hidden.
         self.columns = [around, used, 3 * state_dim, past, rest]
         self.shared = nn.Linear(around + 3 * state_dim + rest, width)
         self.own = PointLinear(P, used + past, width)
@@ -209,7 +214,8 @@ class Hierarchical(RouterPrior):
         log.info("groups of layers: %s", self.grouping())
 
     def report(self) -> dict[str, Any]:
-        """The groups, where they come from, and (if measured) how alike layers route within and across them."""
+        """The groups, where they come from, and (if measured) how alike layers route within and across
+        them."""
         origin = "given" if self.given else "measured" if bool(self.measured) else "equal"
         found: dict[str, Any] = {"groups": self.grouping(), "grouping": origin}
         if bool(self.measured):
@@ -225,7 +231,9 @@ class Hierarchical(RouterPrior):
         B, T, P = x_BTPF.shape[:3]
         token, used, state, past, hidden = x_BTPF.flatten(0, 1).transpose(0, 1).split(self.columns, dim=-1)
         routed_PNE = routed_BTPE.flatten(0, 1).transpose(0, 1)
-        y_PNW = self.shared(torch.cat([token, state, hidden], dim=-1)) + self.own(torch.cat([used, past], dim=-1))
+        y_PNW = self.shared(torch.cat([token, state, hidden], dim=-1)) + self.own(
+            torch.cat([used, past], dim=-1)
+        )
         y_PNW = F.gelu(y_PNW) * self.gate(routed_PNE)
         y_PBTW = y_PNW.view(P, B, T, -1)
         if self.attention is not None:
@@ -239,7 +247,7 @@ class Hierarchical(RouterPrior):
             y_PNW = block(y_PNW, self.group_P)
         out_PNF = self.head(self.drop(y_PNW))
         logits_BTPHE = out_PNF.transpose(0, 1).reshape(B, T, self.layers + 1, self.lookahead, self.experts)
-        entry_BTF = self.entry_VF(batch.token_ids_BT) * ENTRY_GAIN
+        entry_BTF = lookup(self.entry_VF, batch.token_ids_BT) * ENTRY_GAIN
         entry_BT1HE = entry_BTF.view(B, T, 1, self.lookahead, self.experts)
         logits_BTPHE = torch.cat([logits_BTPHE[:, :, :1] + entry_BT1HE, logits_BTPHE[:, :, 1:]], dim=2)
         return self.corrected(batch, logits_BTPHE)

@@ -2,9 +2,9 @@
 
 Letters: N cells, I kinds of evidence, E experts per layer.
 
-The logits of a cell are ``base + sum_i w_i x_i``: log-linear interpolation (Klakow, "Log-linear interpolation of
-language models", ICSLP 1998), which for counts is deleted interpolation (Jelinek and Mercer, 1980) in the domain of
-logits. The log loss is convex in the few weights.
+The logits of a cell are ``base + sum_i w_i x_i``: log-linear interpolation (Klakow, "Log-linear interpolation
+of language models", ICSLP 1998), which for counts is deleted interpolation (Jelinek and Mercer, 1980) in the
+domain of logits. The log loss is convex in the few weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def fit_weights(
     """Weights of least log loss plus ``ridge / 2`` times their squared distance from ``start_I``.
 
     Shapes:
-        base_NE: logits without evidence. x_NIE: ``[N, I, E]``. used_NE: 0/1. start_I, output: ``[I]`` float64.
+        base_NE: logits without evidence. x_NIE: ``[N, I, E]``. used_NE: 0/1. start_I, output: ``[I]``
+            float64.
     """
     base_NE, x_NIE, used_NE, start_I = (x.double() for x in (base_NE, x_NIE, used_NE, start_I))
 

@@ -1,17 +1,18 @@
 """Second-order Markov chain over experts with back-off, which adapts to the sequence while decoding.
 
-Letters: B sequences, T tokens, N scored tokens, L MoE layers, P = L + 1 source points, H horizons, E experts per
-layer (a second expert axis is the source's), K experts per token, R rows of the pair table, Q kinds of target, I
-kinds of evidence, J = L - 1.
+Letters: B sequences, T tokens, N scored tokens, L MoE layers, P = L + 1 source points, H horizons, E experts
+per layer (a second expert axis is the source's), K experts per token, R rows of the pair table, Q kinds of
+target, I kinds of evidence, J = L - 1.
 
-Order 2 conditions on the experts of layer l and of layer l - 1, and backs off to layer l alone, then to popularity.
-K = 1: interpolated Kneser-Ney (Chen and Goodman, 1999, doi:10.1006/csla.1999.0128) with the pseudo-counts of its
-hierarchical Pitman-Yor form (Teh, ACL 2006), (max(c - d, 0) + (a + d N1+) q) / (n + a), d = n1 / (n1 + 2 n2). K > 1:
-each expert is used or not, and n trials with c uses over a beta prior centred on the lower order give (c + a q) /
-(n + a) (the hierarchical back-off of MacKay and Peto, 1995), which unlike discounting keeps every probability below
-1. While decoding, the sequence so far is a second corpus, as in cache language models (Kuhn and De Mori, 1990):
-decayed use of each expert, and the transitions already made in this sequence. How much each piece of evidence counts
-is fitted per kind of target and horizon on training batches held out of the counts (``loglinear.py``).
+Order 2 conditions on the experts of layer l and of layer l - 1, and backs off to layer l alone, then to
+popularity. K = 1: interpolated Kneser-Ney (Chen and Goodman, 1999, doi:10.1006/csla.1999.0128) with the
+pseudo-counts of its hierarchical Pitman-Yor form (Teh, ACL 2006), (max(c - d, 0) + (a + d N1+) q) / (n + a),
+d = n1 / (n1 + 2 n2). K > 1: each expert is used or not, and n trials with c uses over a beta prior centred on
+the lower order give (c + a q) / (n + a) (the hierarchical back-off of MacKay and Peto, 1995), which unlike
+discounting keeps every probability below 1. While decoding, the sequence so far is a second corpus, as in
+cache language models (Kuhn and De Mori, 1990): decayed use of each expert, and the transitions already made
+in this sequence. How much each piece of evidence counts is fitted per kind of target and horizon on training
+batches held out of the counts (``loglinear.py``).
 """
 
 from __future__ import annotations
@@ -35,21 +36,23 @@ _SHARE = 0.5  # of the sequence's own decayed use against popularity, before its
 
 
 class Markov2(CountingPredictor):
-    """The ``markov2`` predictor. In prefill nothing ahead is known of earlier tokens: there it does not adapt.
+    """The ``markov2`` predictor. In prefill nothing ahead is known of earlier tokens: there it does not
+    adapt.
 
     Args:
         order: 1 or 2 layers to condition on.
         adapt: factor on the strength of adaptation that was found best; 0 turns it off.
         ranks: pairs are made of the heaviest experts of each layer, at most so many (K^2 pairs are many).
-        cells: bound on the pair table's size, 4 bytes each and twice that when in use: 24 layers x 32 experts at
-            H = 3 take 2.3 M. Where the E^2 pairs of a layer do not all fit (48 x 128), the commonest of the first
-            batches get a row and the others back off to order 1.
+        cells: bound on the pair table's size, 4 bytes each and twice that when in use: 24 layers x 32 experts
+            at H = 3 take 2.3 M. Where the E^2 pairs of a layer do not all fit (48 x 128), the commonest of
+            the first batches get a row and the others back off to order 1.
         decays: of the sequence's own use of experts; the last one also ages its own transitions.
-        fit_batches, fit_every: so many training batches, every ``fit_every``-th, are held out to fit the weights
-            on, and counted afterwards. fit_cells: cells per kind and horizon used.
+        fit_batches, fit_every: so many training batches, every ``fit_every``-th, are held out to fit the
+            weights on, and counted afterwards. fit_cells: cells per kind and horizon used.
 
     Shapes:
-        joint_LHEE (buffer): ``[L, H + 1, E_source, E_target]``, trials_LHE: uses of the source with such a target.
+        joint_LHEE (buffer): ``[L, H + 1, E_source, E_target]``, trials_LHE: uses of the source with such a
+            target.
         pair_RHE, trials_RH (buffers): the same of pairs. row_JM (buffer): ``[L - 1, E * E]`` row of the pair
             e(l - 1) * E + e(l), -1 for none. weight_QHI (buffer): of the evidence.
         forward: ``RoutingBatch`` -> logits ``[B, T, P, H, E]``.
@@ -85,7 +88,9 @@ class Markov2(CountingPredictor):
         if order not in (1, 2):
             raise ConfigError(f"order {order} is neither 1 nor 2: choose how many layers to condition on")
         if adapt < 0:
-            raise ConfigError(f"adapt {adapt} is negative: choose 0 (off), 1 (as strong as found best) or between")
+            raise ConfigError(
+                f"adapt {adapt} is negative: choose 0 (off), 1 (as strong as found best) or between"
+            )
         L, H, E = self.layers, self.lookahead, self.experts
         self.order, self.ranks, self.adapt = (order if L > 1 else 1), min(ranks, self.top_k), float(adapt)
         self.adapts = self.adapt > 0 and self.phase == "decode"
@@ -226,9 +231,9 @@ class Markov2(CountingPredictor):
         return ((hits - discount).clamp(min=0) + (self.smoothing + freed) * lower) / (trials + self.smoothing)
 
     def tables(self) -> Tables:
-        """Evidence of one expert of layer l, of one of layer l - 1 (both ``[L, H, E, E]``), and what a pair adds
-        to the former (``[R + 1, H * E]``, the last row for pairs without one); made once per state of the
-        counts."""
+        """Evidence of one expert of layer l, of one of layer l - 1 (both ``[L, H, E, E]``), and what a pair
+        adds to the former (``[R + 1, H * E]``, the last row for pairs without one); made once per state of
+        the counts."""
         if self._tables is None:
             prior_LH1E = self.prior_LE()[self.far_columns[1:] % self.layers][:, :, None]
             p_LHEE = self.backed_off(self.joint_LHEE, self.trials_LHE, prior_LH1E)
@@ -237,7 +242,10 @@ class Markov2(CountingPredictor):
             skip[1:] = evidence_LHEE[:-1, 1:]
             extra: Tensor | None = None
             if self.order == 2:
-                E, code_R = self.experts, torch.zeros(len(self.pair_RHE), dtype=torch.int64, device=p_LHEE.device)
+                E, code_R = (
+                    self.experts,
+                    torch.zeros(len(self.pair_RHE), dtype=torch.int64, device=p_LHEE.device),
+                )
                 layer, code = (self.row_JM >= 0).nonzero().unbind(1)
                 code_R[self.row_JM[layer, code]] = layer * E * E + code
                 lower_RHE = p_LHEE[code_R // (E * E) + 1, :-1, code_R % E]
@@ -260,11 +268,14 @@ class Markov2(CountingPredictor):
             yield self.own_transitions(batch, used_BTLE)
 
     def pair_evidence(self, batch: RoutingBatch, extra_RF: Tensor) -> Tensor:
-        """Mean over the experts of layer l of what the pairs with those of layer l - 1 add, summed over these."""
+        """Mean over the experts of layer l of what the pairs with those of layer l - 1 add, summed over
+        these."""
         B, T = batch.valid_BT.shape
         pairs_NJM = self.pairs(batch.experts_BTLK.flatten(0, 1))
         row_NJM = self.row_JM[torch.arange(self.layers - 1, device=pairs_NJM.device)[:, None], pairs_NJM]
-        row_NJM = row_NJM.masked_fill((row_NJM < 0) | ~batch.valid_BT.flatten()[:, None, None], len(extra_RF) - 1)
+        row_NJM = row_NJM.masked_fill(
+            (row_NJM < 0) | ~batch.valid_BT.flatten()[:, None, None], len(extra_RF) - 1
+        )
         with torch.autocast(extra_RF.device.type, enabled=False):
             sum_F = F.embedding_bag(row_NJM.flatten(0, 1), extra_RF, mode="sum")
         sum_BTJHE = sum_F.view(B, T, self.layers - 1, self.lookahead, self.experts) / self.ranks
@@ -282,7 +293,8 @@ class Markov2(CountingPredictor):
     def own_transitions(self, batch: RoutingBatch, used_BTLE: Tensor) -> Tensor:
         """What followed in this sequence when earlier tokens used the same experts at this layer.
 
-        The counts c(e, f) of the sequence so far, summed over this token's experts e, are those of tokens s < t
+        The counts c(e, f) of the sequence so far, summed over this token's experts e, are those of tokens s <
+        t
         weighted by how many experts s and t share at layer l: attention without any [E, E] table per token.
         """
         T, L = batch.valid_BT.shape[1], self.layers
@@ -295,7 +307,9 @@ class Markov2(CountingPredictor):
         for h0 in range(self.lookahead):
             # The next token's layer j > l (only beyond L layers ahead) is not known of token t itself.
             old_BLTT = shared_BLTT * (age_TT >= (1 if h0 < L else 2))
-            there_BTL = torch.where(self.kinds[1:, h0] == WITHIN, batch.valid_BT[..., None], follows_BT[..., None])
+            there_BTL = torch.where(
+                self.kinds[1:, h0] == WITHIN, batch.valid_BT[..., None], follows_BT[..., None]
+            )
             hits_BTLE = torch.einsum("blts,bsle->btle", old_BLTT, both_BTCE[:, :, self.columns[1:, h0]])
             mass_BTL1 = torch.einsum("blts,bsl->btl", old_BLTT, there_BTL.float())[..., None]
             prior_LE = prior_LHE[:, h0]
@@ -316,13 +330,15 @@ class Markov2(CountingPredictor):
         return logits_BTPHE
 
     def report(self) -> dict[str, Any]:
-        """Order, size of the pair table, and the weights found per kind of target (within, wrapped, entry)."""
+        """Order, size of the pair table, and the weights found per kind of target (within, wrapped,
+        entry)."""
         names = ["order 1", "skip", "pair"][: 1 if self.order == 1 else 3]
         if self.adapts:
             names += [f"own use, decay {a}" for a in self.decays] + ["own transitions"]
         weight_QHI = self.weight_QHI.cpu()
         weights = {
-            name: [[round(float(x), 4) for x in row] for row in weight_QHI[..., i]] for i, name in enumerate(names)
+            name: [[round(float(x), 4) for x in row] for row in weight_QHI[..., i]]
+            for i, name in enumerate(names)
         }
         pairs = {"cells": self.pair_RHE.numel(), "rows_used": int((self.trials_RH.sum(1) > 0).sum())}
         return {"order": self.order, "pair_table": pairs, "weights": weights}

@@ -1,8 +1,9 @@
-"""``hierarchical`` and its grouping of layers: similarity and segmentation against slow oracles, who shares what."""
+"""``hierarchical`` and its grouping of layers: similarity and segmentation against slow oracles, who shares
+what."""
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from tests.predictors.support import EXPERTS, LAYERS, fitted, make_batch, make_p
 
 
 def alignment(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Linear CKA from the two N x N Gram matrices (the other way round than the code, which never forms them)."""
+    """Linear CKA from the two N x N Gram matrices (the other way round than the code, which never forms
+    them)."""
     N = len(x)
     centre = torch.eye(N, dtype=torch.float64) - 1 / N
     gram_x, gram_y = centre @ (x @ x.T) @ centre, centre @ (y @ y.T) @ centre
@@ -76,7 +78,7 @@ def test_segmentation_is_the_best_of_all(groups: int) -> None:
         costs = []
         for cuts in combinations(range(1, 7), groups - 1):
             edges = [0, *cuts, 7]
-            runs = [list(range(a, b)) for a, b in zip(edges, edges[1:], strict=False)]
+            runs = [list(range(a, b)) for a, b in pairwise(edges)]
             costs.append(sum(scatter(similarity, run) for run in runs))
         assert sum(scatter(similarity, run) for run in found) == pytest.approx(min(costs), abs=1e-9)
 

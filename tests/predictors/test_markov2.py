@@ -53,7 +53,9 @@ def counted(batches: list[RoutingBatch]) -> tuple[Counter[Key], dict[Key, Counte
                     now = batch.experts_BTLK[b, t, layer].tolist()
                     contexts = [(e,) for e in now]
                     if layer:
-                        contexts += [(d, e) for d in batch.experts_BTLK[b, t, layer - 1].tolist() for e in now]
+                        contexts += [
+                            (d, e) for d in batch.experts_BTLK[b, t, layer - 1].tolist() for e in now
+                        ]
                     for context in contexts:
                         trials[layer, h, context] += 1
                         hits.setdefault((layer, h, context), Counter()).update(found)
@@ -244,7 +246,10 @@ def test_adaptation_is_off_in_prefill_and_scaled_by_adapt() -> None:
     off, half, whole = (models[a](new) for a in (0.0, 0.5, 1.0))
     assert not torch.allclose(off, whole)
     torch.testing.assert_close(half, (off + whole) / 2)
-    for kwargs, message in (({"order": 3}, "order 3 is neither"), ({"adapt": -1.0}, "adapt -1.0 is negative")):
+    for kwargs, message in (
+        ({"order": 3}, "order 3 is neither"),
+        ({"adapt": -1.0}, "adapt -1.0 is negative"),
+    ):
         with pytest.raises(ConfigError, match=message):
             made(**kwargs)
 
@@ -278,14 +283,21 @@ def test_held_out_batches_fit_the_weights_and_are_counted_after() -> None:
     report = model.report()
     assert report["order"] == 2
     assert report["pair_table"]["cells"] == 2 * EXPERTS**2 * 3 * EXPERTS
-    assert list(report["weights"]) == ["order 1", "skip", "pair", "own use, decay 0.7", "own use, decay 0.95", "own transitions"]
+    assert list(report["weights"]) == [
+        "order 1",
+        "skip",
+        "pair",
+        "own use, decay 0.7",
+        "own use, decay 0.95",
+        "own transitions",
+    ]
 
 
 @pytest.mark.parametrize("K", [1, 2])
 def test_newton_finds_the_minimum(K: int) -> None:
     g = torch.Generator().manual_seed(K)
-    N, I, E = 200, 3, EXPERTS
-    x, base = torch.randn(N, I, E, generator=g), torch.randn(N, E, generator=g)
+    N, pieces, E = 200, 3, EXPERTS
+    x, base = torch.randn(N, pieces, E, generator=g), torch.randn(N, E, generator=g)
     used = torch.zeros(N, E).scatter_(-1, torch.rand(N, E, generator=g).topk(K).indices, 1.0)
     start = torch.tensor([1.0, 0.0, -3.0])
     w = fit_weights(base, x, used, start, K, ridge=0.1).requires_grad_()
