@@ -126,7 +126,7 @@ class TransformerXL(RouterPrior):
         size = self.features.size + trunk_width
         self.recall: Recall | None = None
         if recall_heads and self.phase == "decode":
-            self.recall = Recall(L_, E, H, trunk_width, recall_heads)
+            self.recall = Recall(L_, E, self.top_k, H, trunk_width, recall_heads)
             size += self.recall.size
         prior = self.top_k / E
         bias = math.log(prior) if self.top_k == 1 else math.log(prior / (1 - prior))
@@ -202,10 +202,16 @@ class TransformerXL(RouterPrior):
                 old_BmLE = torch.zeros(*memory.experts_BmLK.shape[:3], self.experts, device=used_BTLE.device)
                 old_BmLE.scatter_(-1, memory.experts_BmLK, 1.0)
                 used_BJLE = torch.cat([old_BmLE * memory.valid_Nm[:, :, None, None], used_BTLE], dim=1)
-            share_BATJ = self.recall.shares(
-                context_NTW[:, first:], keys_NJW, grams_BJG[:, -T:][:, first:], grams_BJG, self.memory
+            share_BPATJ = self.recall.shares(
+                context_NTW[:, first:],
+                keys_NJW,
+                grams_BJG[:, -T:][:, first:],
+                grams_BJG,
+                used_BTLE[:, first:],
+                used_BJLE,
+                self.memory,
             )
-            found_BTPF, direct_BTPHE = self.recall(share_BATJ, used_BJLE)
+            found_BTPF, direct_BTPHE = self.recall(share_BPATJ, used_BJLE)
             blocks.append(self.features.drop(found_BTPF))
         logits_BTPHE = self.head(torch.cat(blocks, dim=-1), routed_BTPE[:, first:])
         if direct_BTPHE is not None:

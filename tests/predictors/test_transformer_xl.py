@@ -196,17 +196,18 @@ def test_relative_attention_against_loops(causal: bool) -> None:
 
 
 def test_recall_returns_what_the_last_equal_id_used() -> None:
-    recall = Recall(LAYERS, EXPERTS, 3, width=4, heads=1)
+    recall = Recall(LAYERS, EXPERTS, 2, 3, width=4, heads=1)
     with torch.no_grad():
         recall.slope_A.fill_(10.0)  # the latest of several
         recall.bonus_AG.copy_(torch.tensor([[100.0, 0.0, 0.0]]))
-        recall.null_A.fill_(20.0)
+        recall.null_PA.fill_(20.0)
+        recall.path_PAL.zero_()
     ids = torch.tensor([[4, 5, 4, 6, 5, 4, 7]])
     grams = torch.stack([ids, torch.full_like(ids, -1), torch.full_like(ids, -1)], dim=-1)
     used = torch.rand(1, 7, LAYERS, EXPERTS)
     context = torch.zeros(1, 7, 4)
     with torch.no_grad():
-        share = recall.shares(context, context, grams, grams, span=6)
+        share = recall.shares(context, context, grams, grams, used, used, span=6)
         found = recall(share, used)[0][..., : 3 * EXPERTS].view(7, LAYERS + 1, 3, EXPERTS) / 2
     last = {2: 0, 4: 1, 5: 2}
     for t in range(7):
