@@ -93,10 +93,12 @@ class HostRouters(nn.Module):
             too). layer: ``[L, H]`` int64, the router to apply.
             output: ``[B, T, L, H, E]``, centred by :meth:`centred`.
         """
-        unit = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
         equation = "btld,lhed->btlhe" if hidden.dim() == 4 else "btlhd,lhed->btlhe"
-        logits = torch.einsum(equation, unit, self.weight_LED[layer]) + self.bias_LE[layer]
-        return self._chosen_by(logits, layer)
+        with torch.autocast(hidden.device.type, enabled=False):  # near ties are decided by the last digits
+            hidden = hidden.float()
+            unit = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
+            logits = torch.einsum(equation, unit, self.weight_LED[layer]) + self.bias_LE[layer]
+            return self._chosen_by(logits, layer)
 
     def scores_at(self, hidden: Tensor, first: int) -> Tensor:
         """:meth:`scores` of routers ``first``, ``first + 1``, ..., one for each row of axis 1: ``[B, C, D]``

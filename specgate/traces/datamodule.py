@@ -53,7 +53,8 @@ class RoutingDataModule(L.LightningDataModule):
         seed: of the order of training batches and of the choice under ``max_sequences``.
         pin_memory: passed to the DataLoader.
         cache: a device (``cpu``, ``cuda``) that holds each split whole once it is opened, so that a step
-            costs no reading and no copy; None reads each batch from the mapped files.
+            costs no reading and no copy; ``auto`` is the first GPU if there is one; None reads each batch
+            from the mapped files.
         verify: compare every file with its SHA-256 when opening.
 
     Raises:
@@ -98,7 +99,7 @@ class RoutingDataModule(L.LightningDataModule):
         self.splits = (float(splits[0]), float(splits[1]), float(splits[2]))
         self.everything, self.use_hidden = everything, use_hidden
         self.pin_memory, self.verify = pin_memory, verify
-        self.cache = cache
+        self.cache = cache if cache != "auto" else "cuda" if torch.cuda.is_available() else None
         self._opened: _Opened | None = None
         self._datasets: dict[str, WindowDataset | CachedDataset] = {}
 

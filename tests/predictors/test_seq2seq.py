@@ -42,7 +42,7 @@ def enumerated(model: Seq2Seq, batch: RoutingBatch, point: int, token: int, H: i
         direct = direct_PNHE[:, token : token + 1].expand(-1, len(every), -1, -1)
         taken = torch.zeros(model.layers + 1, len(every), model.lookahead, EXPERTS)
         taken[point, :, :H] = used
-        z = model.decode(state, direct, taken)[point].double()
+        z = (model.decode(state, direct, taken)[point] * model.sharp_PH[point, :, None]).double()
     probability = {}
     for i, path in enumerate(every):
         p = 1.0
@@ -64,6 +64,7 @@ def test_a_wide_beam_is_exhaustive_enumeration(phase: str, hidden: bool, K: int,
     model = fitted("seq2seq", phase, K=K, hidden=hidden)
     assert isinstance(model, Seq2Seq)
     batch = make_batch(phase, B=1, T=4, K=K, hidden=hidden, padded=False)
+    model.sharp_PH.copy_(torch.rand(LAYERS + 1, 3, generator=torch.Generator().manual_seed(4)) + 0.5)
     H = 3 if phase == "decode" or layer == -1 else 2  # prefill has no layer behind the last one
     oracle = enumerated(model, batch, layer + 1, 3, H)
     assert sum(oracle.values()) == pytest.approx(1.0, abs=1e-6)
@@ -204,10 +205,16 @@ def test_report_counts_paths_of_the_validation_split(phase: str, linked: Seq2Seq
     assert kinds["entry"]["states"] == 2 * (8 + 8 + 5)
     for row in kinds.values():
         assert 0 <= row["top_1"] <= row["top_4"] <= row["top_16"] <= 1
-    linked.fit_on_validation([linked_batch(97)])
+    assert kinds["entry"]["mean_probability"] > 0
+    before = linked.sharp_PH.clone()
+    rows = linked.fit_on_validation([linked_batch(97)])
+    assert [(r["kind"], r["horizon"]) for r in rows] == [("entry", 1), ("entry", 2), ("entry", 3)]
+    assert all(r["nll_after"] <= r["nll_before"] for r in rows)
+    torch.testing.assert_close(linked.sharp_PH[0], torch.tensor([r["value"] for r in rows]))
     row = linked.report()["joint_paths"]["kinds"]["entry"]
     assert row["top_16"] > 0.9
     assert row["marginals_path"] < row["top_4"]
+    linked.sharp_PH.copy_(before)
 
 
 def test_senseless_searches_are_refused(tmp_path: Path) -> None:

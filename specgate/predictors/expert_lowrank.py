@@ -1,0 +1,224 @@
+"""The target routers on today's hidden state plus what each chosen expert changes: cheap by design.
+
+Letters: B sequences, T tokens, N = B * T, L MoE layers, P = L + 1 source points, H horizons, E experts per
+layer, K experts per token, D size of the state looked at, R units per expert, W = E * R, A heads, C width of
+a head, S width of a token's embedding.
+
+A mixture of experts computes little for much capacity by running K of E experts; a correction of its router
+can do the same. Here every (point, expert) has R units that read the state and write to the logits of all
+horizons, and only those of the K experts just chosen run (after the conditional computation of Shazeer et
+al., 2017, arXiv:1701.06538, and the low-rank updates of Hu et al., 2021, arXiv:2106.09685). One narrow
+attention head or two look at earlier tokens; tables of token ids, which cost an addition, hold what an id
+alone says. All that is linear in the state (the routers themselves) is one matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from specgate.errors import ConfigError
+from specgate.predictors.features import (
+    TOKEN_GAIN,
+    at_targets_BTPHE,
+    decayed,
+    multi_hot_BTLE,
+    points,
+    shifted,
+)
+from specgate.predictors.layers import PointLinear
+from specgate.predictors.mlp import ENTRY_GAIN
+from specgate.predictors.router_prior import RouterPrior
+from specgate.traces.batch import INVALID, WITHIN, RoutingBatch
+
+
+class ExpertLowRank(RouterPrior):
+    """The ``expert_lowrank`` predictor.
+
+    Args:
+        units: R, per expert, or one number per rank of the K chosen experts: the lighter ones run only the
+        first
+            of their units. heads, head_width: of the attention (0 heads: none). value_width: of its values.
+        shared: units that run for every token, whatever its experts. token_dim: S. state_dim: of the id-only
+            state. decays: of the recency features (decode). dropout: on the units and on what ids say.
+        reuse: start from what the previous point's correction said of the same target.
+        shift: let the units and values also see, value by value, the token before and a decayed mean of all
+            before (Peng et al., "RWKV", 2023, arXiv:2305.13048).
+
+    Shapes:
+        router_PDF (parameter): ``[P, D, H * E]``, the target routers at the start.
+        forward: ``RoutingBatch`` -> logits ``[B, T, P, H, E]``.
+    """
+
+    name: ClassVar[str] = "expert_lowrank"
+
+    def __init__(
+        self,
+        *,
+        units: int | list[int] = 12,
+        heads: int = 1,
+        head_width: int = 16,
+        value_width: int = 32,
+        shared: int = 0,
+        token_dim: int = 32,
+        state_dim: int = 32,
+        decays: list[float] | None = None,
+        dropout: float = 0.0,
+        reuse: bool = True,
+        shift: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        by_rank = [units] * self.top_k if isinstance(units, int) else [int(n) for n in units]
+        if len(by_rank) != self.top_k or min(by_rank) < 0 or max(by_rank) < 1:
+            raise ConfigError(
+                f"units={units} is not one number, or {self.top_k} (one per chosen expert): give either"
+            )
+        self.by_rank, units = by_rank, max(by_rank)
+        L, E, H = self.layers, self.experts, self.lookahead
+        P, out = L + 1, H * E
+        self.units, self.heads, self.head_width, self.value_width = units, heads, head_width, value_width
+        self.decays = [0.7, 0.95] if decays is None else [float(a) for a in decays]
+        self.offsets = [1, 0] if self.phase == "decode" else [1, 0, -1]
+        self.token_VF = nn.Embedding(self.vocab_size, token_dim * len(self.offsets))
+        nn.init.normal_(self.token_VF.weight, std=0.3 / TOKEN_GAIN)
+        if self.hidden_size is None:
+            self.expert_LEF = nn.Parameter(torch.randn(L, E, state_dim) * 0.5)
+            self.start_VF = nn.Embedding(self.vocab_size, state_dim)
+        D = self.hidden_size or state_dim
+        self.into = PointLinear(P, D, E * units + shared)
+        self.shared = shared
+        self.out = PointLinear(P, E * units + shared, out, zero=True)
+        self.weight_out = PointLinear(P, E + token_dim, out, zero=True)
+        self.linear_PDF = nn.Parameter(torch.zeros(P, D, out))
+        if heads:
+            self.query_key = PointLinear(P, D, (heads + 1) * head_width)  # the heads share their keys
+            self.value = PointLinear(P, D, heads * value_width)
+            self.mixed_out = PointLinear(P, heads * value_width, out, zero=True)
+            self.slope_PA = nn.Parameter(torch.linspace(-4.0, 0.0, heads).repeat(P, 1))
+        if self.phase == "decode":
+            self.recent_CPHE = nn.Parameter(torch.zeros(1 + len(self.decays), P, H, E))
+        self.entry_VF = nn.Embedding(self.vocab_size, out)
+        nn.init.zeros_(self.entry_VF.weight)
+        self.drop = nn.Dropout(dropout)
+        self.shift_2PD = nn.Parameter(torch.zeros(2, P, D)) if shift else None
+        self.reuse_PHE = nn.Parameter(torch.zeros(P, H, E)) if reuse else None
+        prior = min(self.top_k / E, 0.999)
+        bias = math.log(prior) if self.top_k == 1 else math.log(prior / (1 - prior))
+        start_PHE = torch.where((self.kinds == WITHIN) & (self.host is not None), 0.0, bias)
+        self.bias_PHE = nn.Parameter(start_PHE[..., None].repeat(1, 1, E))
+
+    def state_PND(self, batch: RoutingBatch, used_BTLE: Tensor, weighted_BTLE: Tensor) -> Tensor:
+        """What is looked at: the hidden state over its root mean square, or a sum of embeddings."""
+        if self.hidden_size is not None:
+            assert batch.hidden_BTLD is not None
+            hidden = batch.hidden_BTLD.float() * batch.valid_BT[:, :, None, None]
+            state = points(hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + 1e-6))
+        else:
+            step = torch.einsum("btle,lef->btlf", 0.5 * used_BTLE + weighted_BTLE, self.expert_LEF)
+            start = self.start_VF(batch.token_ids_BT)[:, :, None]
+            count_P1 = torch.arange(1, self.layers + 2, device=step.device)[:, None]
+            state = torch.cat([start, step], dim=2).cumsum(2) * count_P1.rsqrt()
+        return state.flatten(0, 1).transpose(0, 1)
+
+    def forward(self, batch: RoutingBatch) -> Tensor:
+        B, T = batch.valid_BT.shape
+        P, H, E = self.layers + 1, self.lookahead, self.experts
+        used_BTLE = multi_hot_BTLE(batch, E, weighted=False)
+        weighted_BTLE = multi_hot_BTLE(batch, E, weighted=True)
+        x_PND = self.state_PND(batch, used_BTLE, weighted_BTLE)
+        gate_PNE = points(weighted_BTLE).flatten(0, 1).transpose(0, 1)
+        mixed_PND = self.shifted_in(x_PND, B, T)
+        units = F.gelu(self.into(mixed_PND))
+        own = units[..., : E * self.units].unflatten(-1, (E, self.units))
+        size = self.top_k**0.5 if self.top_k > 1 else 1.0
+        own = (own * (gate_PNE * size)[..., None].to(own.dtype) * self.runs(batch)).flatten(-2)
+        y_PNF = self.out(self.drop(torch.cat([own, units[..., E * self.units :]], dim=-1)))
+        y_PNF = y_PNF + torch.bmm(x_PND.to(y_PNF.dtype), self.linear_PDF.to(y_PNF.dtype))
+        token_BTF = self.token_VF(batch.token_ids_BT) * (TOKEN_GAIN * batch.valid_BT[..., None])
+        parts = token_BTF.chunk(len(self.offsets), dim=-1)
+        around_BTF = torch.stack([shifted(x, by) for x, by in zip(parts, self.offsets, strict=True)]).sum(0)
+        around_BTF = self.drop(around_BTF)
+        around_PNF = around_BTF.flatten(0, 1).expand(P, -1, -1)
+        y_PNF = y_PNF + self.weight_out(torch.cat([gate_PNE * E**0.5, around_PNF], dim=-1))
+        if self.heads:
+            y_PNF = y_PNF + self.mixed_out(self.look_back(x_PND, mixed_PND, batch.valid_BT))
+        y_BTPHE = y_PNF.transpose(0, 1).reshape(B, T, P, H, E) + self.bias_PHE
+        if self.phase == "decode":
+            past = [used_BTLE, *[decayed(used_BTLE, a) for a in self.decays]]
+            for weight_PHE, seen in zip(self.recent_CPHE, past, strict=True):
+                y_BTPHE = y_BTPHE + at_targets_BTPHE(seen, H) * weight_PHE
+        entry = (self.entry_VF(batch.token_ids_BT) * ENTRY_GAIN).view(B, T, 1, H, E)
+        y_BTPHE = torch.cat([y_BTPHE[:, :, :1] + entry, y_BTPHE[:, :, 1:]], dim=2)
+        return self.corrected(batch, self.carried(y_BTPHE))
+
+    def flops_per_token_layer(self, context: int) -> float | None:
+        """Of the units that run, the keys and values of earlier tokens and the previous point's correction
+        being kept; only where there is something to foresee. Additions per value are left out.""" H, E, A, C,
+        V = self.lookahead, self.experts, self.heads, self.head_width, self.value_width D, token_dim =
+        self.linear_PDF.shape[1], self.weight_out.weight.shape[1] - E seen = context if self.bidirectional
+        else context / 2 running = sum(self.by_rank) + self.shared total = 0.0 for p, targets_H in
+        enumerate((self.kinds != INVALID).tolist()):
+            out = sum(targets_H) * E
+            if not out:
+                continue
+            total += token_dim * out + self.top_k * out
+            if p == 0 and self.hidden_size is not None:
+                continue  # no state yet: what it adds is a constant
+            total += D * out + running * (D + out)
+            if A:
+                total += D * ((A + 1) * C + A * V) + seen * A * (C + V) + A * V * out
+        return 2.0 * total / self.layers
+
+    def runs(self, batch: RoutingBatch) -> Tensor | float:
+        """Which units run, by the rank of their expert: ``[P, N, E, R]`` 0/1, or 1 if all do."""
+        if min(self.by_rank) == self.units:
+            return 1.0
+        limit_K = torch.tensor(self.by_rank, device=batch.experts_BTLK.device)
+        limit_BTLE = torch.zeros(
+            (*batch.experts_BTLK.shape[:3], self.experts), dtype=limit_K.dtype, device=limit_K.device
+        ).scatter_(-1, batch.experts_BTLK, limit_K.expand_as(batch.experts_BTLK))
+        limit_PNE1 = points(limit_BTLE).flatten(0, 1).transpose(0, 1)[..., None]
+        return (torch.arange(self.units, device=limit_K.device) < limit_PNE1).to(batch.weights_BTLK.dtype)
+
+    def carried(self, y_BTPHE: Tensor) -> Tensor:
+        """Every point's correction plus a learned share of what the point before said of the same target."""
+        if self.reuse_PHE is None:
+            return y_BTPHE
+        last, out = y_BTPHE[:, :, 0], [y_BTPHE[:, :, 0]]
+        for p in range(1, self.layers + 1):
+            earlier = torch.cat([last[:, :, 1:], torch.zeros_like(last[:, :, :1])], dim=2)
+            last = y_BTPHE[:, :, p] + earlier * self.reuse_PHE[p]
+            out.append(last)
+        return torch.stack(out, dim=2)
+
+    def shifted_in(self, x_PND: Tensor, B: int, T: int) -> Tensor:
+        """x plus learned shares, value by value, of the token before and of a decayed mean of all before."""
+        if self.shift_2PD is None:
+            return x_PND
+        x_BTPD = x_PND.transpose(0, 1).unflatten(0, (B, T))
+        before = shifted(x_BTPD) * self.shift_2PD[0] + shifted(decayed(x_BTPD, 0.8)) * self.shift_2PD[1]
+        return (x_BTPD + before).flatten(0, 1).transpose(0, 1)
+
+    def look_back(self, x_PND: Tensor, mixed_PND: Tensor, valid_BT: Tensor) -> Tensor:
+        """Attention over the tokens known at the point (earlier ones, or all of a bidirectional stack):
+        ``[P, N, A * C]``."""
+        (B, T), P, A, C = valid_BT.shape, self.layers + 1, self.heads, self.head_width
+        q_PNF, k_PNC = self.query_key(x_PND).split([A * C, C], dim=-1)
+        q = q_PNF.view(P, B, T, A, C).transpose(2, 3)
+        k = k_PNC.view(P, B, 1, T, C).expand(-1, -1, A, -1, -1)
+        v = self.value(mixed_PND).view(P, B, T, A, self.value_width).transpose(2, 3)
+        age_TT = torch.arange(T, device=q.device)
+        age_TT = age_TT[:, None] - age_TT[None]
+        bias = -F.softplus(self.slope_PA)[:, None, :, None, None] * age_TT.abs()
+        if self.bidirectional:
+            bias = bias.masked_fill(~valid_BT[None, :, None, None, :], -1e4)
+        else:
+            bias = bias.masked_fill(age_TT < 0, -torch.inf)
+        bias = bias.expand(P, B, A, T, T).to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return out.transpose(2, 3).reshape(P, B * T, -1)

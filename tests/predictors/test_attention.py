@@ -1,0 +1,135 @@
+"""The stand-in for the host's layers is able to become them, and starts as router_lookahead.
+
+Letters: B sequences, T tokens, L MoE layers, P = L + 1 source points, H horizons, E experts, D hidden size.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from specgate.errors import ConfigError
+from specgate.predictors.attention import FORMS, USUAL, Attention
+from specgate.predictors.rollout import LayerAttention, LayerExperts, unit
+from specgate.traces.batch import WITHIN
+from tests.predictors.support import SMALL, fitted, make_batch, make_predictor
+
+D, E, L = 8, 6, 3
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_untrained_it_says_what_the_router_says(phase: str) -> None:
+    batch = make_batch(phase, K=2)
+    mine = make_predictor("attention", phase, K=2, **SMALL["attention"]).eval()
+    router = fitted("router_lookahead", phase, K=2)
+    within_PH = mine.kinds == WITHIN
+    with torch.no_grad():
+        a, b = mine(batch)[:, :, within_PH], router(batch)[:, :, within_PH]
+    torch.testing.assert_close(a[batch.valid_BT], b[batch.valid_BT], rtol=1e-4, atol=1e-4)
+
+
+def test_experts_equal_a_loop_over_experts() -> None:
+    torch.manual_seed(0)
+    units, N = 4, 5
+    for activation in ("swiglu", "relu", "gelu"):
+        module = LayerExperts(L, E, D, units, activation, 0.0)
+        torch.nn.init.normal_(module.out_LWD)
+        torch.nn.init.normal_(module.bias_LW)
+        x_PND, gates_PNE = torch.randn(2, N, D), torch.rand(2, N, E)
+        layer_P = torch.tensor([2, 0])
+        out = module(x_PND, gates_PNE, layer_P)
+        for p, layer in enumerate(layer_P.tolist()):
+            for n in range(N):
+                want = torch.zeros(D)
+                y = x_PND[p, n] @ module.into_LDW[layer] + module.bias_LW[layer]
+                for e in range(E):
+                    mine = slice(e * units, (e + 1) * units)
+                    if activation == "swiglu":
+                        left, right = y[: E * units][mine], y[E * units :][mine]
+                        hidden = left * torch.sigmoid(left) * right
+                    else:
+                        hidden = F.relu(y[mine]) if activation == "relu" else F.gelu(y[mine])
+                    want = want + gates_PNE[p, n, e] * hidden @ module.out_LWD[layer][mine]
+                torch.testing.assert_close(out[p, n], want, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="activation='tanh' is unknown"):
+        LayerExperts(L, E, D, units, "tanh", 0.0)
+
+
+def test_looking_onto_the_past_equals_a_plain_forward_when_the_past_is_the_same_stream() -> None:
+    """Decode with a past that happens to be this very stream is prefill."""
+    torch.manual_seed(0)
+    B, T = 2, 7
+    module = LayerAttention(L, D, 2, 4, span=3, rotary=0.5, qk_norm=True, bidirectional=False)
+    torch.nn.init.normal_(module.out_LFD)
+    torch.nn.init.normal_(module.bias_LAS)
+    positions_BT = torch.arange(T).expand(B, T) + 3
+    layers = torch.arange(L)
+    x_PND = torch.randn(L, B * T, D)
+    plain = module(x_PND, layers, positions_BT, torch.ones(B, T, dtype=torch.bool))
+    past_PND = torch.cat([x_PND, x_PND[:1]])
+    torch.testing.assert_close(
+        module.onto_past(x_PND, past_PND, layers, positions_BT), plain, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_rotary_attention_depends_on_distance_alone() -> None:
+    torch.manual_seed(0)
+    module = LayerAttention(1, D, 2, 4, span=0, rotary=1.0, qk_norm=False, bidirectional=False)
+    torch.nn.init.normal_(module.out_LFD)
+    x, valid, layer = (
+        torch.randn(1, 6, D),
+        torch.ones(1, 6, dtype=torch.bool),
+        torch.zeros(1, dtype=torch.long),
+    )
+    first = module(x, layer, torch.arange(6)[None], valid)
+    later = module(x, layer, torch.arange(6)[None] + 40, valid)
+    torch.testing.assert_close(first, later, rtol=1e-4, atol=1e-5)
+
+
+def test_a_host_of_its_own_form_is_learnt_to_the_last_digit() -> None:
+    """A host made of such blocks is foreseen exactly once the weights are its own: horizon by horizon the
+    predicted residual stream equals the one that the host would compute."""
+    torch.manual_seed(0)
+    model = make_predictor("attention", "prefill", K=2, **(SMALL["attention"] | {"width": 8})).eval()
+    assert isinstance(model, Attention)
+    for weight in (model.moe.out_LWD, model.mix.out_LFD):
+        torch.nn.init.normal_(weight, std=0.3)
+    model.size.fill_(1.0)
+    assert model.host is not None
+    batch = make_batch("prefill", B=2, T=5, K=2, padded=False)
+    hidden, experts, weights = [batch.hidden_BTLD[:, :, 0]], [], []
+    layer = torch.zeros(1, dtype=torch.long)
+    for m in range(L):  # the host: router, experts, next attention, in plain sequence
+        scores = model.host.scores(hidden[m][:, :, None, None], torch.tensor([[m]]))[:, :, 0, 0]
+        p_BTE = scores.softmax(-1)
+        top = p_BTE.topk(2, dim=-1)
+        experts.append(top.indices)
+        weights.append(top.values)
+        gates = torch.zeros_like(p_BTE).scatter_(-1, top.indices, top.values)
+        x = hidden[m] + model.moe(unit(hidden[m]).flatten(0, 1)[None], gates.flatten(0, 1)[None], layer + m)[
+            0
+        ].view(2, 5, D)
+        if m + 1 < L:
+            mixed = model.mix(unit(x).flatten(0, 1)[None], layer + m + 1, batch.positions_BT, batch.valid_BT)
+            hidden.append(x + mixed[0].view(2, 5, D))
+    batch.hidden_BTLD, batch.experts_BTLK = torch.stack(hidden, 2), torch.stack(experts, 2)
+    batch.weights_BTLK = torch.stack(weights, 2)
+    with torch.no_grad():
+        ahead = model.rollout(batch)
+    assert ahead is not None
+    for p in range(1, L):
+        size = batch.hidden_BTLD[:, :, p - 1].pow(2).mean(-1, keepdim=True).sqrt()
+        for h in range(1, L - p + 1):
+            torch.testing.assert_close(
+                ahead[:, :, p, h - 1] * size, batch.hidden_BTLD[:, :, p - 1 + h], rtol=1e-3, atol=1e-3
+            )
+
+
+def test_open_form_is_the_hosts() -> None:
+    for family, form in [("olmoe", FORMS["olmoe"]), ("mixtral", USUAL)]:
+        data = SimpleNamespace(readers=[SimpleNamespace(header=SimpleNamespace(family=family))])
+        found = Attention.resolve({"activation": None, "rotary": 0.25, "qk_norm": None, "units": 3}, data)  # type: ignore[arg-type]
+        assert found == form | {"rotary": 0.25, "units": 3}

@@ -1,0 +1,94 @@
+"""Only the chosen experts' units run, the lighter ones fewer; the cost stated is the cost of those.
+
+Letters: B sequences, T tokens, L MoE layers, P = L + 1 source points, H horizons, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from specgate.errors import ConfigError
+from specgate.predictors.expert_lowrank import ExpertLowRank
+from specgate.traces.batch import WITHIN
+from tests.predictors.support import EXPERTS, LAYERS, fitted, make_batch, make_predictor
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_untrained_it_says_what_the_router_says(phase: str) -> None:
+    batch = make_batch(phase, K=2)
+    mine, router = make_predictor("expert_lowrank", phase, K=2).eval(), fitted("router_lookahead", phase, K=2)
+    within_PH = mine.kinds == WITHIN
+    with torch.no_grad():
+        a, b = mine(batch)[:, :, within_PH], router(batch)[:, :, within_PH]
+    torch.testing.assert_close(a[batch.valid_BT], b[batch.valid_BT], rtol=1e-4, atol=1e-4)
+
+
+def test_units_of_other_experts_and_beyond_a_ranks_share_are_silent() -> None:
+    model = fitted("expert_lowrank", "prefill", K=2, units=[6, 2], reuse=False)
+    assert isinstance(model, ExpertLowRank)
+    batch = make_batch("prefill", B=1, T=3, K=2, padded=False)
+    with torch.no_grad():
+        before = model(batch)
+        first, second = batch.experts_BTLK[0, 2, 0].tolist()
+        weight = model.into.weight[1].view(-1, EXPERTS, 6)  # point 1 reads layer 0
+        silent = [e for e in range(EXPERTS) if e not in batch.experts_BTLK[0, :, 0].unique().tolist()]
+        weight[:, silent] = 9.0
+        assert torch.equal(model(batch)[:, :, 1], before[:, :, 1])
+        assert second != first
+        only_second = batch.experts_BTLK[0, :, 0, 0].ne(second).all() and len(silent) < EXPERTS
+        if only_second:
+            weight[:, second, 2:] = 9.0
+            assert torch.equal(model(batch)[:, :, 1], before[:, :, 1])
+        weight[:, first, :1] = 9.0
+        assert not torch.equal(model(batch)[:, 2, 1], before[:, 2, 1])
+
+
+def test_one_number_per_rank_or_one_for_all() -> None:
+    with pytest.raises(ConfigError, match=r"units=\[3, 2, 1\] is not one number, or 2"):
+        make_predictor("expert_lowrank", K=2, units=[3, 2, 1])
+
+
+def test_a_points_correction_goes_on_to_the_next_point() -> None:
+    model = fitted("expert_lowrank", "prefill", K=2)
+    assert isinstance(model, ExpertLowRank)
+    assert model.reuse_PHE is not None
+    new = torch.randn(2, 3, LAYERS + 1, 3, EXPERTS)
+    out = model.carried(new)
+    for p in range(1, LAYERS + 1):
+        for h in range(3):
+            want = new[:, :, p, h]
+            if h + 1 < 3:
+                want = want + out[:, :, p - 1, h + 1] * model.reuse_PHE[p, h]
+            torch.testing.assert_close(out[:, :, p, h], want)
+
+
+def test_stated_cost_is_the_counted_cost_of_a_dense_copy() -> None:
+    """With every expert chosen (K = E) nothing is spared, and the products that torch counts are those
+    stated: up to points with nothing to foresee, the router prior (folded into the linear map) and what costs
+    no product.""" K, T = EXPERTS, 8 model = make_predictor(
+        "expert_lowrank", "decode", K=K, units=3, heads=2, value_width=8, head_width=4, shift=False
+    )
+    assert isinstance(model, ExpertLowRank)
+    batch = make_batch("decode", B=2, T=T, K=K, padded=False)
+    batch = replace(batch, hidden_BTLD=batch.hidden_BTLD)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(batch)
+    prior = 2 * LAYERS * 3 * EXPERTS * 8  # the router's own scores, per token
+    recent = 2 * 2 * T * LAYERS * EXPERTS  # the decay matrices of the recency features
+    dense = counter.get_total_flops() / (2 * T) - prior - recent
+    P = LAYERS + 1
+    hidden_at_first_point = dense / P - 2 * (32 + K) * 3 * EXPERTS  # p = 0 is a constant there
+    attention_half = 2 * P * (T / 2) * 2 * (4 + 8)  # half of the pairs lie in the future
+    stated = model.flops_per_token_layer(T)
+    assert stated is not None
+    assert stated * LAYERS == pytest.approx(dense - hidden_at_first_point - attention_half, rel=0.1)
+
+
+def test_fewer_units_cost_less_and_longer_contexts_more() -> None:
+    few, many = (make_predictor("expert_lowrank", "prefill", K=2, units=n) for n in ([4, 1], 4))
+    assert few.flops_per_token_layer(64) < many.flops_per_token_layer(64) < many.flops_per_token_layer(128)  #
+    type: ignore[operator]
