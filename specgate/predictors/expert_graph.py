@@ -243,7 +243,7 @@ class ExpertGraph(nn.Module):
                     "layers_before": back,
                     "edges": int(mine_S.sum()) * self.source_SEM[0].numel(),
                     "mean_abs_lift": round(float(strength_S[mine_S].mean()), 5),
-                    "gain": [round(float(g), 5) for g in self.gain_RC[r]],
+                    "gain": [round(float(g), 5) for g in self.gain_RC[r].detach()],
                 }
             )
         return {"nodes": self.layers * self.experts, "measured_tokens": int(self.measured), "relations": rows}

@@ -29,8 +29,15 @@ from torch_geometric.nn import SimpleConv
 
 from specgate.predictors.both_sides import SequenceFeatures
 from specgate.predictors.expert_graph import ExpertGraph, Relation, relations_of
-from specgate.predictors.features import at_targets_BTPHE, multi_hot_BTLE, points, shift_layer, shifted
-from specgate.predictors.layers import PointLinear
+from specgate.predictors.features import (
+    at_targets_BTPHE,
+    column_PH,
+    multi_hot_BTLE,
+    points,
+    shift_layer,
+    shifted,
+)
+from specgate.predictors.layers import PointLinear, lookup
 from specgate.predictors.mlp import ENTRY_GAIN, PointMLP
 from specgate.predictors.router_prior import RouterPrior
 from specgate.traces.batch import INVALID, WITHIN, RoutingBatch
@@ -190,14 +197,11 @@ class GNN(RouterPrior):
         seen = torch.cat([features_BTPF, *self.collected(batch, nodes_LEF)], dim=-1)
         out_BTPHF = self.trunk(seen, routed_BTPE)
         query_BTPHF, gate_BTPHG = out_BTPHF.split([nodes_LEF.shape[-1], self.gates], dim=-1)
-        column = torch.arange(self.layers + 1, device=nodes_LEF.device)[:, None] + torch.arange(
-            self.lookahead, device=nodes_LEF.device
-        )
-        target = column % self.layers
+        target = column_PH(self.layers, self.lookahead, nodes_LEF.device) % self.layers
         correction = torch.einsum("btphf,phef->btphe", query_BTPHF, nodes_LEF[target])
         correction = correction + self.propagated(batch, gate_BTPHG + self.gate_PHG)
         correction = correction + self.bias_PHE + self.graph.popularity_LE[target] * self.free_PH1
-        entry_BTF = self.entry_VF(batch.token_ids_BT) * ENTRY_GAIN
+        entry_BTF = lookup(self.entry_VF, batch.token_ids_BT) * ENTRY_GAIN
         entry_BT1HE = entry_BTF.view(*entry_BTF.shape[:2], 1, self.lookahead, self.experts)
         correction = torch.cat([correction[:, :, :1] + entry_BT1HE, correction[:, :, 1:]], dim=2)
         return self.corrected(batch, correction)

@@ -21,7 +21,7 @@ from specgate.predictors.features import (
     shift_layer,
     shifted,
 )
-from specgate.predictors.layers import PointLinear
+from specgate.predictors.layers import PointLinear, lookup
 from specgate.predictors.mlp import ENTRY_GAIN, PointMLP
 from specgate.traces.batch import RoutingBatch
 
@@ -109,10 +109,12 @@ class TokenBranch(Branch):
 
     def forward(self, seen: Seen) -> Tensor:
         batch = seen.batch
-        token_BTF = self.token_VF(batch.token_ids_BT) * (TOKEN_GAIN * batch.valid_BT[..., None])
+        token_BTF = lookup(self.token_VF, batch.token_ids_BT) * (TOKEN_GAIN * batch.valid_BT[..., None])
         around_BTF = torch.cat([shifted(token_BTF, by) for by in self.offsets], dim=-1)
         y_BTPHE = self.out(around_BTF[:, :, None].expand(-1, -1, self.shape[0], -1))
-        entry_BT1HE = (self.entry_VF(batch.token_ids_BT) * ENTRY_GAIN).unflatten(-1, (1, *self.shape[1:]))
+        entry_BT1HE = (lookup(self.entry_VF, batch.token_ids_BT) * ENTRY_GAIN).unflatten(
+            -1, (1, *self.shape[1:])
+        )
         return torch.cat([y_BTPHE[:, :, :1] + entry_BT1HE, y_BTPHE[:, :, 1:]], dim=2)
 
 

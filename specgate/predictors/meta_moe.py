@@ -12,9 +12,10 @@ gate trained dense and cut to k afterwards is another function than the one whos
 All branches are computed all the same (they are small products over all tokens at once), so sparsity buys
 branches that stand on their own, and a gate that says which evidence it went by, not speed.
 
-Combined in logit space by default: a gated sum of log odds, as independent evidence adds up, so that a branch
-with nothing to say (log odds near the prior's) does not water down one that is sure, which a mean of
-probabilities does. ``combine: probabilities`` is the classical mixture: the mean of their probabilities.
+Combined as probabilities by default: the weighted mean of the branches' probabilities, the mixture whose
+likelihood a mixture of experts maximises. It can never be surer than its surest branch, each branch must be
+honest by itself, and it had the lower validation NLL. ``combine: logits`` adds the weighted log odds
+instead (a logarithmic pool): sharper, and bolder than the evidence where branches share it.
 """
 
 from __future__ import annotations
@@ -42,14 +43,14 @@ from specgate.predictors.meta_branches import (
 from specgate.predictors.router_prior import RouterPrior
 from specgate.traces.batch import INVALID, WITHIN, RoutingBatch, targets
 
-COMBINE = ("logits", "probabilities")
+COMBINE = ("probabilities", "logits")
 
 
 class MetaMoE(RouterPrior):
     """The ``meta_moe`` predictor.
 
     Args:
-        active: branches in use at once (k). combine: ``logits`` or ``probabilities``, see above.
+        active: branches in use at once (k). combine: ``probabilities`` or ``logits``, see above.
         balance: weight of the load-balancing term. noise: standard deviation of the noise on the gate's
             scores, while training, when it chooses (never when it weighs).
         gate_width: hidden units of the gate. rank: of the hidden branch. history: decays of that branch.
@@ -74,7 +75,7 @@ class MetaMoE(RouterPrior):
         self,
         *,
         active: int = 2,
-        combine: str = "logits",
+        combine: str = "probabilities",
         balance: float = 0.01,
         noise: float = 0.5,
         gate_width: int = 32,
