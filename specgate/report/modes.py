@@ -13,6 +13,8 @@ from rich.console import Console
 from specgate.errors import ConfigError
 from specgate.report.accuracy import AccuracySettings, compare
 from specgate.report.cost import CostSettings, measure
+from specgate.report.transitions import FlowSettings, explore
+from specgate.report.quantized import QuantizeSettings, compare_precisions
 from specgate.traces.datamodule import RoutingDataModule
 
 Mode = Callable[[Any, Mapping[str, RoutingDataModule], Any, Console], dict[str, Any]]
@@ -34,7 +36,28 @@ def cost(
     return measure(CostSettings(**values), traces, console)
 
 
-MODES: dict[str, Mode] = {"accuracy": accuracy, "cost": cost}
+def quantize(
+    cfg: DictConfig, traces: Mapping[str, RoutingDataModule], fitter: Any, console: Console
+) -> dict[str, Any]:
+    """What integer weights cost in recall (``specgate.report.quantized``)."""
+    values: Any = OmegaConf.to_container(cfg.quantize, resolve=True)
+    return compare_precisions(QuantizeSettings(**values), traces, fitter, console)
+
+
+def transitions(
+    cfg: DictConfig, traces: Mapping[str, RoutingDataModule], fitter: Any, console: Console
+) -> dict[str, Any]:
+    """Which experts follow which, and the flows that many tokens take (``specgate.report.transitions``)."""
+    values: Any = OmegaConf.to_container(cfg.transitions, resolve=True)
+    return explore(FlowSettings(**values), traces, Path(cfg.paths.run), console)
+
+
+MODES: dict[str, Mode] = {
+    "accuracy": accuracy,
+    "cost": cost,
+    "quantize": quantize,
+    "transitions": transitions,
+}
 
 
 def run_mode(

@@ -9,8 +9,10 @@ from typing import Any
 from rich.console import Console
 
 from specgate.report.cost_page import publish_cost
+from specgate.report.flow_page import publish_transitions
 from specgate.report.html import write_page
 from specgate.report.plots import draw_all
+from specgate.report.quantized import publish_quantized
 from specgate.report.style import scored_rows, traces_of
 from specgate.report.tables import (
     Table,
@@ -23,7 +25,11 @@ from specgate.report.tables import (
 )
 
 #: Modes of benchmark.py whose rows are not scores on a split, and what they look like.
-PAGES: dict[str, Callable[[Mapping[str, Any], Path, Console | None], Path]] = {"cost": publish_cost}
+PAGES: dict[str, Callable[[Mapping[str, Any], Path, Console | None], Path]] = {
+    "cost": publish_cost,
+    "quantize": publish_quantized,
+    "transitions": publish_transitions,
+}
 
 
 def tables_of(record: Mapping[str, Any]) -> list[Table]:
