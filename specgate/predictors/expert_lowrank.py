@@ -158,11 +158,13 @@ class ExpertLowRank(RouterPrior):
 
     def flops_per_token_layer(self, context: int) -> float | None:
         """Of the units that run, the keys and values of earlier tokens and the previous point's correction
-        being kept; only where there is something to foresee. Additions per value are left out.""" H, E, A, C,
-        V = self.lookahead, self.experts, self.heads, self.head_width, self.value_width D, token_dim =
-        self.linear_PDF.shape[1], self.weight_out.weight.shape[1] - E seen = context if self.bidirectional
-        else context / 2 running = sum(self.by_rank) + self.shared total = 0.0 for p, targets_H in
-        enumerate((self.kinds != INVALID).tolist()):
+        being kept; only where there is something to foresee. Additions per value are left out."""
+        E, A, C, V = self.experts, self.heads, self.head_width, self.value_width
+        D, token_dim = self.linear_PDF.shape[1], self.weight_out.weight.shape[1] - E
+        seen = context if self.bidirectional else context / 2
+        running = sum(self.by_rank) + self.shared
+        total = 0.0
+        for p, targets_H in enumerate((self.kinds != INVALID).tolist()):
             out = sum(targets_H) * E
             if not out:
                 continue

@@ -17,7 +17,7 @@ B, T = 2, 6
 
 
 def tiny_trace(phase: str, K: int, hidden: bool) -> RoutingBatch:
-    """Two sequences of random routing in which every token has an id of its own, so that all can be learnt."""
+    """Two sequences of random routing in which every token has an id of its own: all can be learnt."""
     batch = make_batch(phase, B=B, T=T, K=K, hidden=hidden, padded=False)
     return replace(batch, token_ids_BT=torch.arange(B * T).view(B, T), dropped_BTL=None)
 

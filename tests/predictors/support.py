@@ -49,7 +49,7 @@ LEARNED = {
     "expert_lowrank",
     "seq2seq",
 }
-#: Not built from a configuration alone (checkpoints, a host model): their own tests hold them to the contract.
+#: Not built from a configuration alone (checkpoints, a host model): their own tests hold them to it.
 BUILT_FROM_FILES = {"ensemble", "shadow"}
 #: Small sizes for :func:`fitted`, where a predictor's defaults are too large for a test.
 SMALL: dict[str, dict[str, Any]] = {

@@ -69,7 +69,9 @@ def test_a_points_correction_goes_on_to_the_next_point() -> None:
 def test_stated_cost_is_the_counted_cost_of_a_dense_copy() -> None:
     """With every expert chosen (K = E) nothing is spared, and the products that torch counts are those
     stated: up to points with nothing to foresee, the router prior (folded into the linear map) and what costs
-    no product.""" K, T = EXPERTS, 8 model = make_predictor(
+    no product."""
+    K, T = EXPERTS, 8
+    model = make_predictor(
         "expert_lowrank", "decode", K=K, units=3, heads=2, value_width=8, head_width=4, shift=False
     )
     assert isinstance(model, ExpertLowRank)
