@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import hydra
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -31,9 +31,7 @@ def train(cfg: DictConfig, console: Console) -> float | None:
     data = training.make(cfg.data)
     predictor = training.build_predictor(cfg.model, data, cfg.lookahead)
     trainer = training.build_trainer(cfg, predictor.learned)
-    clock = time.perf_counter()
-    training.fit(trainer, predictor, data, cfg.ckpt_path)
-    seconds = time.perf_counter() - clock
+    trained = training.fit(trainer, predictor, data, cfg.ckpt_path)
     if not trainer.is_global_zero:
         return None
     device = trainer.strategy.root_device
@@ -52,8 +50,8 @@ def train(cfg: DictConfig, console: Console) -> float | None:
         fitted_on_validation=chosen,
         checkpoint=str(checkpoint),
         parameters=parameters,
-        training_seconds=round(seconds, 3),
         predictor_report=predictor.report(),
+        **trained,
     )
     console.print(accuracy_table([row for row in rows if row["split"] == splits[-1]]))
     console.print(f"Predictor: {checkpoint}", soft_wrap=True, highlight=False)
@@ -68,6 +66,8 @@ def main(cfg: DictConfig) -> float | None:
         return train(cfg, Console())
     except SpecgateError as error:
         Console(stderr=True).print(str(error), style="bold red", markup=False)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise  # the other jobs of a sweep go on
         sys.exit(1)
     finally:
         if "wandb" in sys.modules:  # or the jobs of a sweep would become one run

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from specgate.calibration.load import read_checkpoint
 from specgate.errors import ConfigError, SpecgateError
 from specgate.predictors.base import Predictor
 from specgate.predictors.qat import QuantizationAwareTraining
+from specgate.pruning import MedianStopping, TokenCount
 from specgate.traces.datamodule import RoutingDataModule
 
 LAST = "last.ckpt"
@@ -130,7 +132,7 @@ def build_trainer(cfg: DictConfig, learned: bool) -> L.Trainer:
     """
     chosen = cfg.get("callbacks") or {}
     plain = ("progress",) if not learned else tuple(chosen)
-    callbacks = [make(chosen[key]) for key in plain if chosen.get(key)]
+    callbacks = [*(make(chosen[key]) for key in plain if chosen.get(key)), TokenCount()]
     loggers = [make(one) for one in (cfg.get("logger") or {}).values() if one]
     overrides: dict[str, Any] = {}
     if not learned:
@@ -148,18 +150,25 @@ def build_trainer(cfg: DictConfig, learned: bool) -> L.Trainer:
     return trainer
 
 
-def fit(trainer: L.Trainer, predictor: Predictor, data: RoutingDataModule, ckpt_path: str | None) -> None:
+def fit(
+    trainer: L.Trainer, predictor: Predictor, data: RoutingDataModule, ckpt_path: str | None
+) -> dict[str, Any]:
     """Train (or count), then give the predictor the best weights of the run; nothing if it does not train.
 
     Args:
         ckpt_path: a ``last.ckpt`` to go on from, or None.
 
+    Returns:
+        ``training_seconds`` (the fit alone), ``steps`` of the optimizer, ``tokens_seen`` (scored tokens of
+        all batches, on this rank) and ``pruned`` (None, or why a sweep stopped the run early).
+
     Raises:
         CheckpointError: if ``ckpt_path`` is missing, truncated or poisoned.
     """
+    clock = time.perf_counter()
     if not predictor.trains:
         predictor.eval()
-        return
+        return {"training_seconds": 0.0, "steps": 0, "tokens_seen": 0, "pruned": None}
     if ckpt_path is not None:
         read_checkpoint(Path(ckpt_path))
     trainer.fit(predictor, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
@@ -175,6 +184,13 @@ def fit(trainer: L.Trainer, predictor: Predictor, data: RoutingDataModule, ckpt_
     if torch.distributed.is_initialized():  # what follows is rank 0's alone
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return {
+        "training_seconds": round(time.perf_counter() - clock, 3),
+        "steps": trainer.global_step,
+        "tokens_seen": sum(int(c.total) for c in callbacks if isinstance(c, TokenCount)),
+        "pruned": next((c.pruned for c in callbacks if isinstance(c, MedianStopping)), None),
+    }
 
 
 def save_predictor(predictor: Predictor, path: Path) -> Path:
