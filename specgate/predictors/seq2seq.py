@@ -26,15 +26,12 @@ from torch import Tensor, nn
 
 from specgate.errors import SpecgateError
 from specgate.predictors.features import PointFeatures, column_PH
+from specgate.predictors.joint import draw, fit_sharpness, measure
 from specgate.predictors.layers import PointLinear
 from specgate.predictors.mlp import ENTRY_GAIN
-from specgate.predictors.paths import PathForecast, path_hits, search_paths
+from specgate.predictors.paths import PathForecast, search_paths
 from specgate.predictors.router_prior import RouterPrior
-from specgate.traces.batch import ENTRY, INVALID, KINDS, WITHIN, RoutingBatch, targets
-
-JOINT_BEAMS = 16
-JOINT_STATES = 20_000
-"""The joint hit rates of the report keep so many paths and are measured on about so many states per kind."""
+from specgate.traces.batch import INVALID, WITHIN, RoutingBatch, targets
 
 
 class LayerEncoder(nn.Module):
@@ -128,10 +125,12 @@ class Seq2Seq(RouterPrior):
 
     Shapes:
         entry_VF (parameter): ``[V, H * E]``, a token table added at p = 0 (see :class:`MLP`).
+        sharp_PH (buffer): factor on the logits of sets in a search, fitted on the validation split.
         forward: ``RoutingBatch`` -> logits ``[B, T, P, H, E]`` of the marginals, by the soft path.
     """
 
     name: ClassVar[str] = "seq2seq"
+    sharp_PH: Tensor
 
     def __init__(
         self,
@@ -173,6 +172,7 @@ class Seq2Seq(RouterPrior):
             with torch.no_grad():  # where the router speaks, the correction starts at zero
                 bias_PHE = self.encoder.last.bias_P1.view(self.layers + 1, self.lookahead, self.experts)
                 bias_PHE[self.kinds == WITHIN] = 0.0
+        self.register_buffer("sharp_PH", torch.ones(self.layers + 1, self.lookahead))
         self._joint_report: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ marginals and likelihood
@@ -216,11 +216,15 @@ class Seq2Seq(RouterPrior):
         total = self.loss(logits_BTPHE, experts_BTPHK, valid_BTPH) + self.imitation_loss(batch, logits_BTPHE)
         if self.joint == 0 or self.lookahead == 1:
             return total
-        shape = (*experts_BTPHK.shape[:-1], self.experts)
-        taken_BTPHE = torch.zeros(shape, device=logits_BTPHE.device).scatter_(-1, experts_BTPHK, 1.0)
-        taken_PNHE = taken_BTPHE.flatten(0, 1).transpose(0, 1)
+        taken_PNHE = self.taken(experts_BTPHK)
         forced_BTPHE = self._as_batch(batch, self.decode(start_PNU, direct_PNHE, taken_PNHE))
         return total + self.joint * self.loss(forced_BTPHE, experts_BTPHK, valid_BTPH)
+
+    def taken(self, experts_BTPHK: Tensor) -> Tensor:
+        """The path that was taken, as :meth:`decode` wants it: ``[P, N, H, E]``, 1 per expert used."""
+        shape = (*experts_BTPHK.shape[:-1], self.experts)
+        taken_BTPHE = torch.zeros(shape, device=experts_BTPHK.device).scatter_(-1, experts_BTPHK, 1.0)
+        return taken_BTPHE.flatten(0, 1).transpose(0, 1)
 
     # ------------------------------------------------------------------ joint paths
 
@@ -242,7 +246,7 @@ class Seq2Seq(RouterPrior):
                 used = state.new_zeros(len(experts), self.experts).scatter_(1, experts, 1.0)[None]
             state, share = self.decoder.step(h0, state[None], used, at)
             direct_nE = direct_NHE[:, h0].repeat_interleave(share.shape[1] // len(direct_NHE), dim=0)
-            return state[0], direct_nE + share[0]
+            return state[0], (direct_nE + share[0]) * self.sharp_PH[point, h0]
 
         return search_paths(step, horizons, self.top_k, beams, candidates)
 
@@ -289,72 +293,19 @@ class Seq2Seq(RouterPrior):
         column_H = layer + 1 + torch.arange(horizons)
         return PathForecast(*paths, column_H % self.layers, column_H >= self.layers, layer)
 
-    @torch.no_grad()
-    def joint_hits(self, batch: RoutingBatch, point: int, beams: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Whether the taken path was among the foreseen ones, for all scored tokens at one source point.
-
-        Shapes:
-            output: hits ``[n, W]`` bool of the searched paths; hits ``[n]`` bool of the path that takes the K
-                largest marginals of each step; joint log-probability ``[n]`` of the best path.
-        """
-        experts_BTPHK, valid_BTPH = targets(batch, self.lookahead)
-        scored_N = valid_BTPH[:, :, point].all(-1).flatten()
-        taken_nHK = experts_BTPHK[:, :, point].flatten(0, 1)[scored_N]
-        start_PNU, direct_PNHE = self.encode(batch)
-        marginal_nHE = self.decode(start_PNU, direct_PNHE)[point, scored_N]
-        paths, log_p = self.search(
-            start_PNU[point, scored_N],
-            direct_PNHE[point, scored_N],
-            point,
-            self.lookahead,
-            beams,
-            self.candidates(),
-        )
-        alone_n = path_hits(marginal_nHE.topk(self.top_k, dim=-1).indices[:, None], taken_nHK)[:, 0]
-        return path_hits(paths, taken_nHK), alone_n, log_p[:, 0]
-
-    def joint_points(self) -> dict[str, list[int]]:
-        """Up to three source points per kind of target, all H targets existing: where the report measures."""
-        kinds = self.kinds.tolist()
-        found: dict[str, list[int]] = {}
-        for p, row in enumerate(kinds):
-            if INVALID not in row:
-                found.setdefault(KINDS[ENTRY if p == 0 else max(row)], []).append(p)
-        return {kind: sorted({ps[0], ps[len(ps) // 2], ps[-1]}) for kind, ps in found.items()}
-
     def fit_on_validation(
         self, batches: Iterable[RoutingBatch], device: torch.device | str | None = None
     ) -> list[dict[str, Any]]:
-        """Fits nothing: measures how often the joint paths hit, for :meth:`report`."""
+        """Fit the sharpness of set probabilities, and measure how often joint paths hit (for
+        :meth:`report`)."""
         self.eval()
         if device is not None:
             self.to(device)
-        points, sums = (
-            self.joint_points(),
-            {kind: torch.zeros(6, dtype=torch.float64) for kind in KINDS.values()},
-        )
-        for batch in batches:
-            if all(sums[kind][0] >= JOINT_STATES for kind in points):
-                break
-            batch = batch if device is None else batch.to(device)
-            for kind, p in ((kind, p) for kind, chosen in points.items() for p in chosen):
-                hit_nW, alone_n, log_p_n = self.joint_hits(batch, p, JOINT_BEAMS)
-                rows = [
-                    torch.ones_like(alone_n),
-                    *(hit_nW[:, :b].any(1) for b in (1, 4, JOINT_BEAMS)),
-                    alone_n,
-                ]
-                sums[kind] += torch.stack([x.double().sum() for x in [*rows, log_p_n.double().exp()]]).cpu()
-        names = ["top_1", "top_4", f"top_{JOINT_BEAMS}", "marginals_path", "mean_top_1_probability"]
-        self._joint_report = {
-            kind: {"states": int(x[0]), "points": points[kind]}
-            | {name: float(value / x[0]) for name, value in zip(names, x[1:], strict=True)}
-            for kind, x in sums.items()
-            if x[0] > 0
-        }
-        return []
+        states = draw(self, batches, device)
+        rows = fit_sharpness(self, states)
+        self._joint_report = measure(self, states)
+        return rows
 
     def report(self) -> dict[str, Any]:
-        """Joint hit rates on the validation split: the share of states whose whole path of H steps is the
-        best searched one, is among the best 4 or 16, or is that of the K largest marginals of each step."""
+        """Joint hit rates on the validation split by kind of target (see ``measure`` in joint.py)."""
         return {"joint_paths": {"horizons": self.lookahead, "kinds": self._joint_report}}
