@@ -39,7 +39,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"activation": "swiglu", "rotary": 1.0, "qk_norm": True},
 }
 """What blocks of a host's family look like; any other family is taken for SwiGLU with rotary positions."""
-USUAL = {"activation": "swiglu", "rotary": 1.0, "qk_norm": False}
+USUAL: dict[str, Any] = {"activation": "swiglu", "rotary": 1.0, "qk_norm": False}
 
 
 class Attention(RouterPrior, MLP):

@@ -182,7 +182,7 @@ class Ensemble(Predictor):
             kinds_PH: which kind of target each place is.
             output: ``[..., P, H, E]``.
         """
-        weight_PHM = self._weights(kinds_PH)
+        weight_PHM = self.weights_at(kinds_PH)
         mean_E, votes_E, M = torch.zeros(()), torch.zeros(()), len(self.members)
         for i, p_E in enumerate(members):
             mean_E = mean_E.to(p_E) + weight_PHM[..., i, None] * p_E
@@ -199,7 +199,7 @@ class Ensemble(Predictor):
             return torch.logit((votes_E + 0.5 + mean_E / 2) / whole) - threshold
         return self._link(mean_E)
 
-    def _weights(self, kinds_PH: Tensor) -> Tensor:
+    def weights_at(self, kinds_PH: Tensor) -> Tensor:
         """Weights of the members at each place, ``[P, H, M]``."""
         horizon_H = torch.arange(kinds_PH.shape[1], device=kinds_PH.device)
         return self.weight_QHM[kinds_PH.clamp(min=0), horizon_H]
@@ -219,7 +219,7 @@ class Ensemble(Predictor):
         Shapes:
             output: each ``[B, T, P, H]``.
         """
-        weight_PHM = self._weights(self.kinds)
+        weight_PHM = self.weights_at(self.kinds)
         mean_BTPHE, aleatoric_BTPH = torch.zeros(()), torch.zeros(())
         for i, p_BTPHE in enumerate(self.member_probabilities(batch)):
             weight_PH = weight_PHM[..., i]
