@@ -45,13 +45,19 @@ def tiny(cfg: DictConfig, traces: dict[str, Path]) -> str:
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize("model", MODELS)
 def test_smoke_two_steps_of_every_predictor(
-    model: str, phase: str, tiny_traces: dict[str, Path], tmp_path: Path
+    model: str, phase: str, tiny_traces: dict[str, Path], tiny_olmoe: Path, tmp_path: Path
 ) -> None:
     trace = tiny_traces["olmoe" if phase == "prefill" else "olmoe_decode"]
     data = [
         "data=olmoe_ref_prefill" if phase == "prefill" else "data=olmoe_ref_decode",
         f"data.traces={trace}",
     ]
+    if model == "shadow":
+        data.append(f"model.host={tiny_olmoe}")
+    if model == "ensemble":
+        for name in ("popularity", "markov"):
+            train(composed(CONF, "train", [f"model={name}", *data, *QUICK], tmp_path / name))
+        data.append(f"model.checkpoints=[{tmp_path / 'popularity'},{tmp_path / 'markov'}]")
     cfg = composed(CONF, "train", [f"model={model}", *data, *QUICK], tmp_path)
     recall, metrics = train(cfg)
     assert recall is not None
