@@ -149,12 +149,13 @@ def cost_rows(
         for size in settings.batch_sizes:
             times, how = time_steps(found, window, size, device, settings)
             for row in rows:
-                timing = times[row["predictor"]]
-                row["us"].setdefault(device, {})[str(size)] = round(timing.median, 2)
-                row[f"us_{device}_{size}"] = round(timing.median, 2)
-                row[f"us_{device}_{size}_p10"] = round(timing.low, 2)
-                row[f"us_{device}_{size}_p90"] = round(timing.high, 2)
-                row["how"][device] = how[row["predictor"]]
+                timing = times.get(row["predictor"])
+                found_us = [None] * 3 if timing is None else [timing.median, timing.low, timing.high]
+                for suffix, us in zip(("", "_p10", "_p90"), found_us, strict=True):
+                    row[f"us_{device}_{size}{suffix}"] = None if us is None else round(us, 2)
+                row["us"].setdefault(device, {})[str(size)] = row[f"us_{device}_{size}"]
+                if timing is None or device not in row["how"]:
+                    row["how"][device] = how[row["predictor"]]
     return rows
 
 
@@ -260,7 +261,8 @@ def time_steps(
     device: str,
     settings: CostSettings,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
-    """Time every predictor's call for ``size`` sequences, and how it was run: eager, or as a CUDA graph."""
+    """Time every predictor's call for ``size`` sequences, and how it was run: eager, as a CUDA graph, or not
+    at all, with the reason."""
     rows = torch.arange(size) % window.valid_BT.shape[0]
     inputs = step_inputs(window._map(lambda x: x[rows]).to(device))
     calls: dict[str, Callable[[], object]] = {}
@@ -275,6 +277,11 @@ def time_steps(
                 found_BHE: Tensor = step(*given)
                 return found_BHE
 
+            try:
+                call()
+            except RuntimeError as error:  # too large for the device
+                how[label] = f"failed: B={size}, {' '.join(str(error).split())[:100]}"
+                continue
             calls[label], how[label] = call, "eager"
             if torch.device(device).type == "cuda":
                 try:

@@ -55,7 +55,7 @@ def cost_table(rows: Sequence[Row], trace: str, hosts: Sequence[Mapping[str, Any
                 f"{row['bytes'] / 1e6:.2f}",
                 big(row["flops_per_token_layer"]),
                 "–" if share is None else f"{100 * share:.2f}",
-                *[f"{row['us'][d][b]:,.0f}" for d, b in timed],
+                *["–" if row["us"][d][b] is None else f"{row['us'][d][b]:,.0f}" for d, b in timed],
                 "–" if seconds is None else f"{seconds:,.0f}",
                 *[f"{100 * row[f'recall_n{h}']:.1f}" if f"recall_n{h}" in row else "–" for h in horizons],
             ]
@@ -133,7 +133,9 @@ def pareto(rows: Sequence[Row], trace: str) -> Figure | None:
     drawn, axes = panels(3.6 * len(columns) + 2.3, 2.7 * len(horizons) + 0.9, len(horizons), len(columns))
     for i, h in enumerate(horizons):
         for j, (column, title) in enumerate(columns):
-            _panel(axes[i, j], [row for row in mine if f"recall_n{h}" in row], column, h, names)
+            _panel(
+                axes[i, j], [row for row in mine if f"recall_n{h}" in row and row[column]], column, h, names
+            )
             if i == len(horizons) - 1:
                 axes[i, j].set_xlabel(title, fontsize=9)
         axes[i, 0].set_ylabel(f"{horizon_name(h)}: recall@K", fontsize=9)
@@ -163,6 +165,9 @@ def _device(name: str) -> str:
 
 def _panel(panel: Axes, rows: Sequence[Row], column: str, horizon: int, names: Sequence[str]) -> None:
     points = [(row[column], row[f"recall_n{horizon}"]) for row in rows]
+    if not points:
+        panel.set_axis_off()
+        return
     best = frontier(points)
     if best:
         panel.step(*zip(*best, strict=True), where="post", color="#999999", linewidth=1.2, zorder=1)

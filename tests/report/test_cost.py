@@ -17,7 +17,7 @@ from specgate.metrics.flops import count_flops
 from specgate.moe.flops import layer_flops
 from specgate.predictors.base import Predictor
 from specgate.predictors.quantize import pack
-from specgate.report.cost import CostSettings, history, make_free, measure, weights_in
+from specgate.report.cost import CostSettings, history, make_free, measure, time_steps, weights_in
 from specgate.report.cost_page import frontier
 from specgate.report.modes import run_mode
 from specgate.report.publish import publish
@@ -171,6 +171,26 @@ def test_page_and_pictures(record: dict[str, Any], tmp_path: Path) -> None:
     for words in ("router_residual", "int4", "µs CPU×3", "Host layer: unknown", "80.0", "‡"):
         assert words in table
     assert "router_lookahead" in console.export_text()
+
+
+class TooLarge(Predictor):
+    """Does not fit for more than one sequence."""
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        if len(batch.valid_BT) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return torch.zeros(1, T, 5, 3, 8)
+
+
+def test_a_call_that_does_not_fit_is_said_and_left_out(data: RoutingDataModule, tmp_path: Path) -> None:
+    spec = {k: v for k, v in vars(data.spec).items() if k != "hidden_size"}
+    settings = CostSettings(context=T, batch_sizes=[1, 2], repeats=3)
+    found: Any = {"large": (TooLarge(**spec), None), "markov": (make_free("markov", data, 3), None)}
+    one, _ = time_steps(found, history(data, T), 1, "cpu", settings)
+    assert set(one) == {"large", "markov"}
+    two, how = time_steps(found, history(data, T), 2, "cpu", settings)
+    assert set(two) == {"markov"}
+    assert how["large"] == "failed: B=2, no room"
 
 
 def test_benchmark_mode(data: RoutingDataModule) -> None:
