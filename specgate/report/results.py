@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from specgate.errors import SpecgateError
+from specgate.report import zoo
 from specgate.report.record import describe_hardware, read_record, write_json
 from specgate.report.running import is_running, running_section, slim_running
 from specgate.report.style import scored_rows, slug, traces_of
@@ -96,6 +97,8 @@ def markdown(records: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _section(name: str, record: Mapping[str, Any]) -> list[str]:
+    if zoo.is_zoo(record):
+        return zoo.section(name, record)
     if is_running(record):
         return [f"## {name}", "", *_origin(record), "", *running_section(record), ""]
     rows, load = scored_rows(record), record.get("load", {})
@@ -148,6 +151,7 @@ def make(out: Path, runs: Sequence[str] = (), name: str | None = None) -> Path:
     records = {path.stem: read_record(path) for path in sorted(folder.glob("*.json"))}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(markdown(records), encoding="utf-8")
+    zoo.draw_all(records, out.parent / "images")
     return out
 
 

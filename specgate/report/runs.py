@@ -23,7 +23,7 @@ WITHIN = "within"
 #: Configuration that does not make a run another experiment: where it writes, who watches it, its seed.
 _BESIDE = ("paths", "hydra", "logger", "seed", "threads", "ckpt_path", "test")
 _BESIDE_KEYS = (
-    "data.seed", "data.num_workers", "data.verify", "data.pin_memory", "trainer.default_root_dir",
+    "data.num_workers", "data.verify", "data.pin_memory", "trainer.default_root_dir",
     "trainer.enable_progress_bar", "trainer.enable_model_summary", "callbacks.checkpoint.dirpath",
     "callbacks.keep_last.folder", "callbacks.median_stopping.folder", "callbacks.median_stopping.sweep",
 )  # fmt: skip
@@ -104,7 +104,7 @@ def slim_run(record: Mapping[str, Any], source: str = "") -> Run:
         "seed": config.get("seed"),
         "settings": settings(config),
         "trace": {
-            key: trace[key]
+            key: trace.get(key)
             for key in ("name", "stack", "phase", "layers", "experts", "top_k", "hidden_size", "sha256")
         },
         "scores": scores,
@@ -121,7 +121,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(node, Mapping):
             for key, value in node.items():
                 walk(value, f"{path}.{key}" if path else str(key))
-        elif path not in _BESIDE_KEYS:
+        elif path not in _BESIDE_KEYS and not path.endswith(".seed"):
             flat[path] = Path(node).name if isinstance(node, str) and "/" in node else node
 
     walk({key: value for key, value in config.items() if key not in _BESIDE}, "")
@@ -131,7 +131,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def trace_key(run: Mapping[str, Any]) -> tuple[Any, ...]:
     """Runs of one key were scored on the same targets."""
     trace = run["trace"]
-    return trace["stack"], trace["phase"], trace["hidden_size"] is None, *trace["sha256"]
+    return trace["stack"], trace["phase"], trace.get("hidden_size") is None, *trace["sha256"]
 
 
 def trace_name(run: Mapping[str, Any]) -> str:
@@ -139,7 +139,7 @@ def trace_name(run: Mapping[str, Any]) -> str:
     trace = run["trace"]
     about = [word for word in (trace["stack"], trace["phase"]) if word not in trace["name"]]
     name = f"{trace['name']} ({', '.join(about)})" if about else str(trace["name"])
-    return name + (", ids only" if trace["hidden_size"] is None else "")
+    return name + (", ids only" if trace.get("hidden_size") is None else "")
 
 
 @dataclass(frozen=True)

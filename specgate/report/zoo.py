@@ -1,0 +1,375 @@
+"""All predictors side by side, several seeds each: one table and one picture per trace in docs/RESULTS.md.
+
+    python -m specgate.report.zoo RUNS... --accuracy BENCHMARK --cost COST
+
+``RUNS`` are folders of train.py runs (a sweep's, say) or ``.tar.gz`` archives of their metrics.json files,
+``BENCHMARK`` a run of ``benchmark.py mode=accuracy`` (for the oracle, and for free predictors that nobody
+ran with train.py), ``COST`` one of ``mode=cost``. What is needed of them is stored as
+``results/zoo-<trace>.json`` beside the page; page and pictures are made from what is stored and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from specgate.errors import SpecgateError
+from specgate.report.dots import dot_plot
+from specgate.report.record import SCHEMA_VERSION, describe_hardware, read_record, write_json
+from specgate.report.runs import (
+    SCORES,
+    WITHIN,
+    Group,
+    Run,
+    Spread,
+    all_horizons,
+    by_trace,
+    group_runs,
+    read_runs,
+    trace_name,
+)
+from specgate.report.style import KIND_TITLES, ORACLE, horizon_name, slug
+from specgate.report.tables import Table
+
+KIND = "zoo"
+REFERENCES = ("shadow",)
+FROM = "router_lookahead"
+SECTIONS = ("free", "learned", "reference", ORACLE)
+_COST = ("predictor", "precision", "parameters", "bytes", "flops_per_token_layer", "share_of_host", "us")
+
+
+# ---------------------------------------------------------------------- storing
+
+
+def store(
+    folder: Path,
+    runs: Sequence[str | Path],
+    accuracy: Sequence[str | Path] = (),
+    cost: Sequence[str | Path] = (),
+) -> list[Path]:
+    """Write ``folder/zoo-<trace>.json`` for every trace that the runs were scored on.
+
+    Raises:
+        SpecgateError: if the runs cannot be read, or there are none.
+    """
+    found = read_runs(runs)
+    if not found:
+        raise SpecgateError(
+            f"no run of train.py in {', '.join(map(str, runs))}: give folders or .tar.gz of runs"
+        )
+    scored, costs = [read_record(path) for path in accuracy], [read_record(path) for path in cost]
+    paths = []
+    for mine in by_trace(found).values():
+        trace = mine[0]["trace"]
+        ids = "-ids" if trace.get("hidden_size") is None else ""
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "kind": KIND,
+            "trace": trace,
+            "runs": [
+                {**run, "settings": few} for run, few in zip(mine, differing_settings(mine), strict=True)
+            ],
+            "others": [one for whole in scored for one in others(whole, trace)],
+            "cost": [one for whole in costs for one in cost_rows(whole, trace)],
+        }
+        paths.append(
+            folder / f"zoo-{slug('-'.join((trace['name'], trace['stack'], trace['phase'])))}{ids}.json"
+        )
+        write_json(paths[-1], record)
+    return paths
+
+
+def differing_settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Each run's settings without those that all runs share, so that groups stay the same."""
+    every = sorted({key for run in runs for key in run["settings"]})
+    kept = [key for key in every if len({repr(run["settings"].get(key, "absent")) for run in runs}) > 1]
+    return [{key: run["settings"][key] for key in kept if key in run["settings"]} for run in runs]
+
+
+def others(record: Mapping[str, Any], trace: Mapping[str, Any]) -> list[Run]:
+    """The predictors of a benchmark on this trace, as runs of no seed."""
+    same = [t for t in record["traces"] if is_trace(t, trace)]
+    found: dict[str, Run] = {}
+    for row in record["rows"]:
+        if not any(row["trace"] == t["name"] for t in same):
+            continue
+        run = found.setdefault(
+            row["predictor"],
+            {
+                "source": "benchmark",
+                **{key: record[key] for key in ("command", "git", "hardware", "wall_seconds")},
+                **dict.fromkeys(("training_seconds", "steps", "tokens_seen", "pruned", "parameters", "seed")),
+                "predictor": row["predictor"],
+                "learned": row["learned"],
+                "settings": {},
+                "trace": dict(trace),
+                "scores": {},
+            },
+        )
+        kinds = run["scores"].setdefault(row["split"], {}).setdefault(row["kind"], {})
+        kinds[str(row["horizon"])] = {name: row[name] for name in SCORES if name in row}
+    return list(found.values())
+
+
+def cost_rows(record: Mapping[str, Any], trace: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What forecasts on this trace cost, by predictor."""
+    names = {t["name"] for t in record["traces"] if is_trace(t, trace)}
+    hardware = describe_hardware(record["hardware"])
+    return [
+        {**{key: row.get(key) for key in _COST}, "hardware": hardware}
+        for row in record["rows"]
+        if row["trace"] in names
+    ]
+
+
+def is_trace(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two identities are of the same stack and phase of the same files, hidden states used alike."""
+    same = all(one[key] == other[key] for key in ("stack", "phase", "sha256"))
+    return same and (one.get("hidden_size") is None) == (other.get("hidden_size") is None)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+class Zoo:
+    """One stored record, in groups.
+
+    Attributes:
+        groups: worst first within free, learned, reference, oracle.
+        split: ``test`` if it was scored, else ``validation``.
+        horizons: of targets within the token.
+    """
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.record, runs = record, list(record["runs"])
+        known = {run["predictor"] for run in runs}
+        runs += [run for run in record["others"] if run["predictor"] not in known]
+        self.split = "test" if any("test" in run["scores"] for run in runs) else "validation"
+        runs = [run for run in runs if self.split in run["scores"]]
+        groups = group_runs(runs)
+        self.horizons = [h for h in all_horizons(groups) if h <= 3]
+        names = [group.predictor for group in groups]
+        for group in groups:
+            if names.count(group.predictor) == 1:
+                group.label = group.predictor
+        self.groups = sorted(groups, key=lambda g: (SECTIONS.index(section_of(g)), self.recall(g), g.label))
+        self.name = trace_name(record)
+
+    def score(
+        self, group: Group, horizon: int, name: str = "recall_at_k", kind: str = WITHIN
+    ) -> Spread | None:
+        return group.score(self.split, kind, horizon, name)
+
+    def mean(self, group: Group, name: str) -> Spread | None:
+        """Mean over the horizons that there are, at most N+3, in each run."""
+        for last in range(len(self.horizons), 0, -1):
+            found = group.mean_score(self.split, WITHIN, self.horizons[:last], name)
+            if found:
+                return found
+        return None
+
+    def recall(self, group: Group) -> float:
+        """What lines are ordered by."""
+        spread = self.mean(group, "recall_at_k")
+        return spread.mean if spread else 0.0
+
+    def baseline(self) -> Group | None:
+        """Where the gap begins: the target's router on today's hidden state, else the best free predictor."""
+        free = [group for group in self.groups if section_of(group) == "free"]
+        return next((group for group in free if group.predictor == FROM), free[-1] if free else None)
+
+    def gap_closed(self, group: Group) -> Spread | None:
+        """Share of the way from the baseline to the oracle, over the horizons together, in each run."""
+        start, end = self.baseline(), next((g for g in self.groups if g.predictor == ORACLE), None)
+        if start is None or end is None:
+            return None
+        low, high = self.recall(start), self.recall(end)
+        values = [mean for run in group.runs if (mean := self.mean(Group([run]), "recall_at_k")) is not None]
+        return Spread.of([(value.mean - low) / (high - low) for value in values]) if high > low else None
+
+    def cost(self, group: Group) -> Mapping[str, Any] | None:
+        """The first cost row of the predictor; none for one of several variants of a predictor."""
+        if group.label != group.predictor:
+            return None
+        rows = [row for row in self.record["cost"] if row["predictor"].split(" (")[0] == group.predictor]
+        return rows[0] if rows else None
+
+    def unequal(self) -> list[str]:
+        """Lines scored on another number of targets than most."""
+        counts = {g.label: self.score(g, self.horizons[0], "n") for g in self.groups}
+        means = {label: spread.mean for label, spread in counts.items() if spread}
+        usual = max(means.values(), key=list(means.values()).count)
+        return [f"{label} ({n:,.0f} instead of {usual:,.0f})" for label, n in means.items() if n != usual]
+
+
+def section_of(group: Group) -> str:
+    """``free``, ``learned``, ``reference`` or ``oracle``."""
+    if group.predictor == ORACLE:
+        return ORACLE
+    if group.predictor in REFERENCES:
+        return "reference"
+    return "learned" if group.runs[0]["learned"] else "free"
+
+
+# ---------------------------------------------------------------------- showing
+
+
+def zoo_table(zoo: Zoo) -> Table:
+    """The table of one trace; the best value of each column among free and learned predictors is bold."""
+    devices = list(dict.fromkeys(d for row in zoo.record["cost"] for d in row["us"] or ()))
+    columns: list[tuple[str, int, list[tuple[float | None, str]]]] = []  # title, sign of good, (value, text)
+
+    def column(
+        title: str, sign: int, values: Iterable[Spread | float | None], scale: float, digits: int
+    ) -> None:
+        cells: list[tuple[float | None, str]] = []
+        for value in values:
+            spread = Spread(float(value), None, 1) if isinstance(value, int | float) else value
+            cells.append((None, "–") if spread is None else (spread.mean, spread.text(scale, digits)))
+        if any(value is not None for value, _ in cells):
+            columns.append((title, sign, cells))
+
+    groups, costs = zoo.groups, [zoo.cost(group) for group in zoo.groups]
+    for h in zoo.horizons:
+        column(f"{horizon_name(h)} %", 1, [zoo.score(g, h) for g in groups], 100, 1)
+    column("gap closed %", 1, [zoo.gap_closed(g) for g in groups], 100, 1)
+    column("ECE", -1, [zoo.mean(g, "ece") for g in groups], 1, 4)
+    column("NLL", -1, [zoo.mean(g, "nll") for g in groups], 1, 4)
+    column("k parameters", 0, [g.value("parameters") for g in groups], 1e-3, 1)
+    column("FLOPs, % of host", 0, [row["share_of_host"] if row else None for row in costs], 100, 2)
+    for device in devices:
+        for size in ("1", "64"):
+            times = [(row["us"] or {}).get(device, {}).get(size) if row else None for row in costs]
+            column(f"µs {device}×{size}", 0, times, 1, 0)
+    column("training s", 0, [g.value("training_seconds") for g in groups], 1, 0)
+
+    table = Table(f"Predictors on {zoo.name}, {zoo.split} documents", ["predictor", "seeds"], left=1)
+    table.columns += [title for title, _, _ in columns]
+    rivals = [i for i, g in enumerate(groups) if section_of(g) in ("free", "learned")]
+    for i, group in enumerate(groups):
+        seeds = {run["seed"] for run in group.runs} - {None}
+        row = [f"{group.label} ({section_of(group)})", str(len(seeds)) if seeds else "–"]
+        for _, sign, cells in columns:
+            value, text = cells[i]
+            best = max((sign * v for j in rivals if (v := cells[j][0]) is not None), default=None)
+            bold = sign != 0 and i in rivals and value is not None and sign * value == best
+            row.append(f"**{text}**" if bold else text)
+        table.rows.append(row)
+    table.notes = _notes(zoo)
+    return table
+
+
+def _notes(zoo: Zoo) -> list[str]:
+    start = zoo.baseline()
+    notes = [
+        "recall@K of targets within the token; ± is the standard deviation over seeds; bold is the best of "
+        "free and learned predictors. ECE and NLL: mean over the same horizons."
+    ]
+    if start is not None:
+        notes.append(
+            f"gap closed: share of the way from {start.label} to the oracle, recall averaged over "
+            f"{', '.join(map(horizon_name, zoo.horizons))}."
+        )
+    if any(section_of(group) == "reference" for group in zoo.groups):
+        notes.append("reference: runs layers of the host itself, an upper reference and no prefetcher.")
+    places = dict.fromkeys(row["hardware"] for row in zoo.record["cost"])
+    notes += [f"µs: one call at run time for 1 or 64 sequences, {place}." for place in places]
+    if unequal := zoo.unequal():
+        notes.append(f"Scored on another number of targets: {'; '.join(unequal)}.")
+    return notes
+
+
+def kinds_table(zoo: Zoo) -> Table | None:
+    """recall@K of targets that are not within the token: before the first layer, and in the next token."""
+    found = [
+        (kind, h)
+        for kind in KIND_TITLES
+        if kind != WITHIN
+        for h in all_horizons(zoo.groups, kind)
+        if h <= 3 and any(zoo.score(g, h, kind=kind) for g in zoo.groups)
+    ]
+    if not found:
+        return None
+    columns = [f"{KIND_TITLES[kind]}, {horizon_name(h)} %" for kind, h in found]
+    table = Table(f"Other targets on {zoo.name}: recall@K", ["predictor", *columns])
+    for group in zoo.groups:
+        cells = [zoo.score(group, h, kind=kind) for kind, h in found]
+        table.rows.append([group.label, *["–" if c is None else c.text(100, 1) for c in cells]])
+    return table
+
+
+def section(name: str, record: Mapping[str, Any]) -> list[str]:
+    """The Markdown of one trace."""
+    zoo, runs = Zoo(record), record["runs"]
+    commits = sorted({run["git"]["commit"][:12] for run in runs if run["git"]})
+    places = list(dict.fromkeys(describe_hardware(run["hardware"]) for run in runs))
+    hours = sum(run["wall_seconds"] for run in runs) / 3600
+    lines = [
+        f"## {name}",
+        "",
+        f"- {len(runs)} runs of train.py, {hours:.1f} hours in all; code: {', '.join(commits)}",
+    ]
+    lines += [f"- hardware: {place}" for place in places]
+    lines += [f"- first command: `{runs[0]['command']}`"]
+    lines += [f"- header sha256 {', '.join(digest[:16] for digest in record['trace']['sha256'])}", ""]
+    for table in (zoo_table(zoo), kinds_table(zoo)):
+        if table is not None:
+            lines += [f"**{table.title}**", "", table.to_markdown(), ""]
+    return [*lines, f"![{zoo.name}: recall of every predictor](images/{name}.png)", ""]
+
+
+def draw(record: Mapping[str, Any], path: Path) -> Path:
+    """The picture of one trace: recall@K per horizon with error bars, best predictor on top."""
+    zoo = Zoo(record)
+    lines = [
+        (g.label, {h: s for h in zoo.horizons if (s := zoo.score(g, h))}, section_of(g))
+        for g in sorted(zoo.groups, key=lambda g: (-zoo.recall(g), g.label))
+        if g.predictor != ORACLE
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = dot_plot([(f"{zoo.name}, {zoo.split} documents", lines)], "recall@K, targets within the token")
+    drawn.savefig(path, metadata={"Software": None})
+    return path
+
+
+def draw_all(records: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
+    """The pictures of all zoo records, as ``folder/<name>.png``."""
+    return [
+        draw(record, folder / f"{name}.png") for name, record in sorted(records.items()) if is_zoo(record)
+    ]
+
+
+def is_zoo(record: Mapping[str, Any]) -> bool:
+    """Whether a stored record is one of these."""
+    return record.get("kind") == KIND
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    from specgate.report.results import make
+
+    parser = argparse.ArgumentParser(
+        prog="python -m specgate.report.zoo", description="Store many runs and write docs/RESULTS.md anew."
+    )
+    parser.add_argument("runs", nargs="+", help="folders of train.py runs, or .tar.gz of metrics.json files")
+    parser.add_argument("--accuracy", nargs="*", default=[], help="runs of benchmark.py mode=accuracy")
+    parser.add_argument("--cost", nargs="*", default=[], help="runs of benchmark.py mode=cost")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/RESULTS.md"), help="the page (docs/RESULTS.md)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        for path in store(options.out.parent / "results", options.runs, options.accuracy, options.cost):
+            print(path)
+        print(make(options.out))
+    except SpecgateError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
