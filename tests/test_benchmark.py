@@ -86,7 +86,7 @@ def test_everything_is_compared_and_published(
     assert record["command"].startswith("python benchmark.py ")
     prefill = {row["predictor"] for row in record["rows"] if row["trace"] == "olmoe_ref_prefill"}
     decode = {row["predictor"] for row in record["rows"] if row["trace"] == "gpt_oss_20b"}
-    free = {"popularity", "markov", "previous_token", "recency", "token_table"}
+    free = {"popularity", "markov", "markov2", "previous_token", "recency", "token_table"}
     routers = {"router_lookahead", "router_mean_expert"}
     assert prefill == free | routers | {"mlp", "oracle"}
     assert decode == free | {"oracle"}

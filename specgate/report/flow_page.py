@@ -20,11 +20,13 @@ from specgate.report.style import horizon_name, slug
 from specgate.report.tables import Table, number, percent, trace_table
 
 Array = np.ndarray[Any, Any]
+SHOWN = 15
+"""Paths of a ranking in a table; metrics.json holds them all."""
 INTRODUCTION = (
     "Which experts follow which: counted over the training documents, before anything is predicted. A "
-    "transition matrix says how often an expert of a later MoE layer is used by the tokens that used an expert "
-    "of this one; a flow is a path through several layers that many tokens take. Lift compares with layers "
-    "that choose independently of one another: 1 is chance."
+    "transition matrix says how often an expert of a later MoE layer is used by the tokens that used an "
+    "expert of this one; a flow is a path through several layers that many tokens take. Lift compares with "
+    "layers that choose independently of one another: 1 is chance."
 )
 CAPTIONS = {
     "matrices": "Lift of using the target expert (column) given the source expert (row), from one MoE layer "
@@ -34,7 +36,7 @@ CAPTIONS = {
     "information over entropy; of K experts one is drawn at random, so K > 1 tells less per expert). Right: "
     "how few paths half of all tokens take.",
     "flows": "Flows of each token's heaviest expert. Grey: transitions, the darker the further above chance. "
-    "In colour: the strongest mined paths, at most two from each first layer, at least 0.4 % high to be seen.",
+    "In colour: the strongest mined paths that share no step, drawn at least 0.4 % high to be seen.",
 }
 
 
@@ -84,20 +86,24 @@ def information_plot(pairs: Sequence[Mapping[str, Any]], flows: Mapping[str, Any
     wrapped = any(row["kind"] == "wrapped" for row in pairs)
     axes[0, 0].set_xlabel("source MoE layer" + (" (diamonds: into the next token)" if wrapped else ""))
     axes[0, 0].set_ylabel("of the target's entropy is known")
-    axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].legend(frameon=False, fontsize=8)
     if heaviest:
         starts = heaviest["starts"]
-        x = np.arange(len(starts))
+        place = np.arange(len(starts))
         axes[0, 1].bar(
-            x - 0.2, [s["distinct"] for s in starts], 0.4, color="#c9d3e6", label="paths that occur"
+            place - 0.2, [s["distinct"] for s in starts], 0.4, color="#c9d3e6", label="paths that occur"
         )
         axes[0, 1].bar(
-            x + 0.2, [s["half"] for s in starts], 0.4, color="#332288", label="that half of the tokens take"
+            place + 0.2,
+            [s["half"] for s in starts],
+            0.4,
+            color="#332288",
+            label="that half of the tokens take",
         )
         axes[0, 1].set_yscale("log")
-        axes[0, 1].set_ylim(top=axes[0, 1].get_ylim()[1] * 4)
+        axes[0, 1].set_ylim(1, axes[0, 1].get_ylim()[1] * 4)
         axes[0, 1].set_xlabel(f"first MoE layer of a path of {heaviest['length']}")
         axes[0, 1].set_ylabel("paths of the heaviest expert")
         axes[0, 1].legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
@@ -131,9 +137,9 @@ def transition_table(name: str, found: Mapping[str, Any]) -> Table:
             ]
         table.rows.append([str(layer), *cells, *told])
     table.notes = [
-        f"Over {found['tokens']:,} tokens. %: mutual information of one expert of the source layer and one of "
-        "the target layer, over the target's entropy. Strongest: highest lift from this layer to the next; P: "
-        "share of the source's tokens that use the target.",
+        f"Over {found['tokens']:,} tokens. %: mutual information of one expert of the source layer and one "
+        "of the target layer, over the target's entropy. Strongest: highest lift from this layer to the "
+        "next; P: share of the source's tokens that use the target.",
     ]
     return table
 
@@ -147,7 +153,7 @@ def path_table(name: str, flow: Mapping[str, Any], ranking: str) -> Table:
         ["layers", "experts", "tokens", "share %", "lift", "beyond the chain"],
         left=2,
     )
-    for path in flow[ranking]:
+    for path in flow[ranking][:SHOWN]:
         layers = f"{path['start']}–{path['start'] + flow['length'] - 1}"
         experts = " → ".join(map(str, path["experts"]))
         share = f"{100 * path['share']:.2f}"

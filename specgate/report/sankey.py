@@ -78,13 +78,14 @@ def ribbon(x: tuple[float, float], y: tuple[float, float], width: float) -> Arra
     return np.concatenate([upper, lower[::-1]])
 
 
-def chosen(paths: Sequence[Mapping[str, Any]], per_start: int = 2, most: int = 24) -> list[Mapping[str, Any]]:
-    """The first paths of the list, at most ``per_start`` from each first layer."""
-    taken: dict[int, int] = {}
-    found = []
+def chosen(paths: Sequence[Mapping[str, Any]], most: int = 24) -> list[Mapping[str, Any]]:
+    """The first paths of the list that share no step with one taken before (windows of one long flow do)."""
+    taken: set[tuple[int, int, int]] = set()
+    found: list[Mapping[str, Any]] = []
     for path in paths:
-        if taken.setdefault(path["start"], 0) < per_start and len(found) < most:
-            taken[path["start"]] += 1
+        steps = {(path["start"] + m, e, f) for m, (e, f) in enumerate(pairwise(path["experts"]))}
+        if not steps & taken and len(found) < most:
+            taken |= steps
             found.append(path)
     return found
 

@@ -27,6 +27,7 @@ class Look:
 _LOOKS = {
     "popularity": Look("#8a8a8a", "o"),
     "markov": Look("#117733", "s"),
+    "markov2": Look("#66BB55", "d"),
     "previous_token": Look("#DDAA33", "^"),
     "recency": Look("#999933", "v"),
     "token_table": Look("#44AA99", "D"),
@@ -34,6 +35,7 @@ _LOOKS = {
     "router_mean_expert": Look("#882255", "X"),
     "mlp": Look("#CC6677", "h"),
     "router_residual": Look("#332288", "*"),
+    "hierarchical": Look("#EE7733", "H"),
     ORACLE: Look("#000000", "_", "--"),
 }
 _SPARE = (Look("#88CCEE", "<"), Look("#661100", ">"), Look("#6699CC", "p"), Look("#DDCC77", "8"))

@@ -54,7 +54,7 @@ class FlowSettings:
     horizons: int = 3
     length: int = 4
     set_length: int = 3
-    top: int = 20
+    top: int = 60
     min_count: int = 20
     max_tokens: int | None = 2_000_000
     split: str = "train"
@@ -78,7 +78,9 @@ def explore(
     """Count every trace, write its matrices below ``output``; returns the content of metrics.json:
     ``traces``, ``transitions`` and ``flows`` by trace, ``skipped``."""
     console = console or Console(quiet=True)
-    transitions, flows, identities, skipped = {}, {}, [], []
+    transitions: dict[str, Any] = {}
+    flows: dict[str, Any] = {}
+    identities, skipped = [], []
     for name, data in traces.items():
         identities.append(trace_identity(data, name))
         spec, data = data.spec, without_hidden(data)
@@ -177,6 +179,7 @@ def export(arrays: Mapping[str, Array], file: Path, about: Mapping[str, Any]) ->
     save_file(
         {k: np.ascontiguousarray(v) for k, v in arrays.items()}, temporary, {"specgate": json.dumps(about)}
     )
+    temporary.chmod(0o644)
     temporary.replace(file)
 
 

@@ -13,7 +13,7 @@ import torch
 from specgate import load_predictor
 from specgate.errors import ConfigError
 from specgate.predictors.grouping import check_groups, contrast, equal_groups, routing_similarity, segment
-from specgate.predictors.hierarchical import Hierarchical
+from specgate.predictors.hierarchical import GroupBlock, Hierarchical
 from specgate.traces.datamodule import RoutingDataModule
 from specgate.training import save_predictor
 from tests.predictors.support import EXPERTS, LAYERS, fitted, make_batch, make_predictor, trainer
@@ -120,7 +120,9 @@ def test_groups_share_a_sub_model_and_layers_keep_their_head(hidden: bool) -> No
     model = fitted("hierarchical", hidden=hidden, groups=[[0], [1, 2]])
     assert isinstance(model, Hierarchical)
     logits = model(make_batch(hidden=hidden))
-    blocks = model.blocks[0].up_GWW
+    (block,) = model.blocks
+    assert isinstance(block, GroupBlock)
+    blocks = block.up_GWW
     for p, group in ((0, 0), (1, 0), (2, 1), (3, 1)):
         (blocks_grad, head_grad, trunk_grad) = torch.autograd.grad(
             logits[:, :, p].sum(), [blocks, model.head.weight, model.shared.weight], retain_graph=True

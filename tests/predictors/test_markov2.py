@@ -51,7 +51,7 @@ def counted(batches: list[RoutingBatch]) -> tuple[Counter[Key], dict[Key, Counte
                     if found is None:
                         continue
                     now = batch.experts_BTLK[b, t, layer].tolist()
-                    contexts = [(e,) for e in now]
+                    contexts: list[tuple[int, ...]] = [(e,) for e in now]
                     if layer:
                         contexts += [
                             (d, e) for d in batch.experts_BTLK[b, t, layer - 1].tolist() for e in now
@@ -133,7 +133,7 @@ def test_with_one_expert_it_is_interpolated_kneser_ney() -> None:
         predictor.count(batch)
     oracle, new = Oracle(predictor, batches, 1), make_batch("prefill", K=1, hidden=False, seed=5)
     p = predictor.probabilities(new)
-    before, now = new.experts_BTLK[2, 1, 0, 0].item(), new.experts_BTLK[2, 1, 1, 0].item()
+    before, now = new.experts_BTLK[2, 1, :2, 0].tolist()
     chain = [oracle.p(1, 1, (before, now), f) for f in range(EXPERTS)]
     assert sum(chain) == pytest.approx(1.0)
     torch.testing.assert_close(p[2, 1, 2, 0].double(), torch.tensor(chain).double(), atol=1e-5, rtol=1e-4)
@@ -164,7 +164,8 @@ def test_pairs_without_a_row_back_off_to_order_one() -> None:
     assert small.rows == 5
     assert full.rows == EXPERTS**2
     for batch in batches:
-        full.count(batch), small.count(batch)
+        full.count(batch)
+        small.count(batch)
     assert int((small.row_JM >= 0).sum()) == 2 * 5
     new = make_batch(hidden=False, seed=50)
     kept_RF, all_RF = small.tables()[2], full.tables()[2]
@@ -262,10 +263,12 @@ def test_held_out_batches_fit_the_weights_and_are_counted_after() -> None:
     model, plain = made(fit_every=4), made(fit_every=100)
     start = model.weight_QHI.clone()
     for batch in batches:
-        model.count(batch), plain.count(batch)
+        model.count(batch)
+        plain.count(batch)
     assert len(model.kept) == 2
     assert float(model.tokens_L[0]) == float(plain.tokens_L[0]) * 6 / 8
-    model.finish(), plain.finish()
+    model.finish()
+    plain.finish()
     torch.testing.assert_close(plain.weight_QHI, start)
     assert model.kept == []
     for name in ("popularity_LE", "joint_LHEE", "trials_LHE", "pair_RHE", "trials_RH"):
