@@ -169,6 +169,7 @@ class ConformalSets(nn.Module):
         bytes_per_expert: int,
         mode: str = "all",
         fill: bool = False,
+        rank_BTPHE: Tensor | None = None,
     ) -> BudgetedSets:
         """Sets of at most ``budget_bytes`` each, of the largest coverage that fits.
 
@@ -180,6 +181,7 @@ class ConformalSets(nn.Module):
             budget_bytes: for the experts of one target layer.
             bytes_per_expert: size of one expert.
             mode: what coverage means, ``all`` or ``each``.
+            rank_BTPHE: what :func:`ranks` gives for ``p_BTPHE``, if that is known already.
 
         Raises:
             ConfigError: if a size makes no sense, or for an unknown mode.
@@ -203,7 +205,11 @@ class ConformalSets(nn.Module):
         limits_PHC = self.threshold_JQHC[j, kind_PH.clamp(min=0), horizon_H]
         limits_PHC = torch.cat([limits_PHC, torch.zeros_like(limits_PHC[..., :1])], -1)
         limit_PH1 = limits_PHC.gather(-1, choice_PH[..., None])
-        mask = (p_BTPHE >= limit_PH1) & (ranks(p_BTPHE) < slots) & (kind_PH != INVALID)[..., None]
+        mask = (
+            (p_BTPHE >= limit_PH1)
+            & ((ranks(p_BTPHE) if rank_BTPHE is None else rank_BTPHE) < slots)
+            & (kind_PH != INVALID)[..., None]
+        )
         level_C = torch.tensor([*LEVELS, 1.0], device=kind_PH.device)
         if slots == 0:
             zero_PH = torch.zeros_like(limit_PH1[..., 0])

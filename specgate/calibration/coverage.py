@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specgate.calibration.base import slices
-from specgate.calibration.conformal import MODES, ConformalSets, levels_named
-from specgate.traces.batch import KINDS
+from specgate.calibration.conformal import MODES, ConformalSets, levels_named, ranks
+from specgate.traces.batch import KINDS, WITHIN
 
 Float = NDArray[np.float64]
 NAMED = (0.8, 0.9, 0.95)
@@ -90,6 +90,60 @@ class CoverageByDocument:
                             }
                         )
         return found
+
+
+class BudgetCheck:
+    """Coverage and size, on scored documents, of sets under byte budgets, next to what was promised."""
+
+    def __init__(self, sets: ConformalSets, budgets: Sequence[int]) -> None:
+        self.sets, self.budgets = sets, [b for b in budgets if b <= sets.experts]
+        self.sums: dict[tuple[int, str, bool, int], Float] = {}
+        self.promised: dict[tuple[int, str, bool, int], tuple[float, float]] = {}
+
+    def update(self, p_BTPHE: Tensor, experts_BTPHK: Tensor, valid_BTPH: Tensor, kind_PH: Tensor) -> None:
+        """Add one batch; only targets within the token are looked at."""
+        within_PH, rank_BTPHE = kind_PH == WITHIN, ranks(p_BTPHE)
+        for budget in self.budgets:
+            for mode in MODES:
+                for fill in (False, True):
+                    found = self.sets.within_budget(p_BTPHE, kind_PH, budget, 1, mode, fill, rank_BTPHE)
+                    in_BTPHK = found.mask_BTPHE.gather(-1, experts_BTPHK)
+                    hit_BTPH = in_BTPHK.all(-1).double() if mode == "all" else in_BTPHK.double().mean(-1)
+                    size_BTPH = found.mask_BTPHE.sum(-1)
+                    for h0 in range(kind_PH.shape[1]):
+                        points = within_PH[:, h0].nonzero().flatten().tolist()
+                        ok = valid_BTPH[..., points, h0]
+                        if not points or not bool(ok.any()):
+                            continue
+                        key = (budget, mode, fill, h0 + 1)
+                        size = size_BTPH[..., points, h0][ok]
+                        sums = [
+                            float(hit_BTPH[..., points, h0][ok].sum()),
+                            float(size.sum()),
+                            float(ok.sum()),
+                        ]
+                        old = self.sums.get(key, np.zeros(4))
+                        self.sums[key] = np.array([*(old[:3] + sums), max(old[3], int(size.max()))])
+                        level = float(found.level_PH[points[0], h0])
+                        self.promised[key] = (level, float(found.coverage_PH[points[0], h0]))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict per budget, mode, filled or not, and horizon."""
+        return [
+            {
+                "budget": budget,
+                "mode": mode,
+                "fill": fill,
+                "horizon": horizon,
+                "level": round(self.promised[key][0], 4),
+                "promised": round(self.promised[key][1], 5),
+                "coverage": round(hit / n, 5),
+                "mean_size": round(size / n, 4),
+                "largest": int(largest),
+            }
+            for key, (hit, size, n, largest) in self.sums.items()
+            for budget, mode, fill, horizon in [key]
+        ]
 
 
 def ratio_interval(

@@ -128,11 +128,12 @@ def interpolate(x_PHN: Tensor, knot_PHI: Tensor, value_PHI: Tensor) -> Tensor:
     right_PHN = torch.searchsorted(knot_PHI.contiguous(), inner_PHN).clamp_(1, knot_PHI.shape[-1] - 1)
     x0, x1 = knot_PHI.gather(-1, right_PHN - 1), knot_PHI.gather(-1, right_PHN)
     y0, y1 = value_PHI.gather(-1, right_PHN - 1), value_PHI.gather(-1, right_PHN)
-    return y0 + (y1 - y0) * ((inner_PHN - x0) / (x1 - x0)) + SLOPE * (x_PHN - inner_PHN)
+    share_PHN = (inner_PHN - x0) / (x1 - x0).clamp(min=1e-12)
+    return y0 + (y1 - y0) * share_PHN + SLOPE * (x_PHN - inner_PHN)
 
 
 def group(x_N: Float, y_N: Float, most: int) -> tuple[Float, Float, Float]:
-    """At most ``most`` groups of neighbours in x: mean x, mean y and number of cells of each.
+    """At most ``most`` groups of neighbours in x: x of the mean probability, mean y, number of cells of each.
 
     Half of the resolution goes to where the cells are, half to where the used ones are (most probabilities
     are small, the large ones matter). Equal x stay together.
@@ -149,8 +150,8 @@ def group(x_N: Float, y_N: Float, most: int) -> tuple[Float, Float, Float]:
         group_U = np.minimum((before_U / mass_U.sum() * most).astype(np.int64), most - 1)
         group_U = np.unique(group_U, return_inverse=True)[1]
     cells_G = np.bincount(group_U, weights=count_U).astype(np.float64)
-    x_G = np.bincount(group_U, weights=value_U * count_U) / cells_G
-    return x_G, np.bincount(group_U, weights=used_U) / cells_G, cells_G
+    p_G = np.bincount(group_U, weights=count_U / (1 + np.exp(-value_U.astype(np.float64)))) / cells_G
+    return np.log(p_G) - np.log1p(-p_G), np.bincount(group_U, weights=used_U) / cells_G, cells_G
 
 
 def pool_adjacent_violators(y_G: Float, weight_G: Float) -> Float:

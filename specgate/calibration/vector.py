@@ -24,7 +24,7 @@ from specgate.calibration.base import Calibrator, Reservoir
 from specgate.calibration.temperature import minimise
 from specgate.traces.batch import KINDS
 
-PRIOR = 0.2
+PRIOR = 0.1
 """Standard deviation, in nats, of an expert's log-scale and offset around those of its kind and horizon."""
 _BOUND = 3.0
 

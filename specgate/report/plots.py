@@ -13,6 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import PercentFormatter
 
+from specgate.calibration.decay import confidence_decay as fit_confidence_decay
+from specgate.report.calibration_plots import draw_law
 from specgate.report.canvas import horizon_color, horizon_ticks, horizons_of, line_of, panels, tidy
 from specgate.report.heatmaps import expert_load, layer_heat_map
 from specgate.report.style import (
@@ -162,6 +164,12 @@ def confidence_decay(rows: Sequence[Row], trace: str) -> Figure:
         for column, label, color, marker, line in series:
             x, y = line_of(select(mine, kind=kind), column)
             panel.plot(x, y, color=color, marker=marker, linestyle=line, linewidth=1.8, label=label)
+        (entry,) = fit_confidence_decay(select(mine, kind=kind))
+        if "fit" in entry:
+            draw_law(panel, entry, "accuracy", "#117733", named=False)
+            half = entry["fit"]["accuracy"]["laws"]["exponential"]["half_life"]
+            about = "no decay" if half is None else f"half-life {half:.0f} layers"
+            panel.text(0.97, 0.95, about, transform=panel.transAxes, ha="right", fontsize=8)
         panel.set_title(KIND_TITLES[kind], fontsize=10)
         panel.yaxis.set_major_formatter(PercentFormatter(1.0))
         horizon_ticks(panel, horizons)
