@@ -19,6 +19,7 @@ from specgate.report.evaluate import evaluate_data, labels_of
 from specgate.report.identity import trace_identity
 from specgate.report.record import Run
 from specgate.report.tables import accuracy_table
+from specgate.report.tracking import track
 
 
 def train(cfg: DictConfig, console: Console) -> float | None:
@@ -42,17 +43,18 @@ def train(cfg: DictConfig, console: Console) -> float | None:
     checkpoint = training.save_predictor(predictor, folder / "predictor.ckpt")
     trace = trace_identity(data, labels_of(data)["trace"])
     parameters = sum(p.numel() for p in predictor.parameters())
-    path = run.write(
-        folder,
-        rows=rows,
-        traces=[trace],
-        calibration=fitted,
-        fitted_on_validation=chosen,
-        checkpoint=str(checkpoint),
-        parameters=parameters,
-        predictor_report=predictor.report(),
+    record = {
+        "rows": rows,
+        "traces": [trace],
+        "calibration": fitted,
+        "fitted_on_validation": chosen,
+        "checkpoint": str(checkpoint),
+        "parameters": parameters,
+        "predictor_report": predictor.report(),
         **trained,
-    )
+    }
+    path = run.write(folder, **record)
+    track(trainer.loggers, cfg, record)
     console.print(accuracy_table([row for row in rows if row["split"] == splits[-1]]))
     console.print(f"Predictor: {checkpoint}", soft_wrap=True, highlight=False)
     console.print(str(path), soft_wrap=True, highlight=False)

@@ -28,6 +28,7 @@ from specgate.errors import ConfigError, SpecgateError
 from specgate.predictors.base import Predictor
 from specgate.predictors.qat import QuantizationAwareTraining
 from specgate.pruning import MedianStopping, TokenCount
+from specgate.report.tracking import sweep_group
 from specgate.traces.datamodule import RoutingDataModule
 
 LAST = "last.ckpt"
@@ -133,7 +134,7 @@ def build_trainer(cfg: DictConfig, learned: bool) -> L.Trainer:
     chosen = cfg.get("callbacks") or {}
     plain = ("progress",) if not learned else tuple(chosen)
     callbacks = [*(make(chosen[key]) for key in plain if chosen.get(key)), TokenCount()]
-    loggers = [make(one) for one in (cfg.get("logger") or {}).values() if one]
+    loggers = [make(one, **sweep_group(one)) for one in (cfg.get("logger") or {}).values() if one]
     overrides: dict[str, Any] = {}
     if not learned:
         overrides = {"max_epochs": 1, "max_steps": -1, "devices": 1, "strategy": "auto"}
