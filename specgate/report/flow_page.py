@@ -47,6 +47,7 @@ def matrix_plot(arrays: Mapping[str, Array], title: str, most: int = 6) -> Figur
     columns = min(3, len(sources))
     rows = -(-len(sources) // columns)
     drawn, axes = panels(3.5 * columns + 1.1, 3.5 * rows + 0.7, rows, columns)
+    drawn.set_layout_engine("constrained", w_pad=0.1, h_pad=0.08)
     image: Any = None
     for panel, layer in zip(axes.flat, sources, strict=False):
         with np.errstate(divide="ignore"):
@@ -85,7 +86,7 @@ def information_plot(pairs: Sequence[Mapping[str, Any]], flows: Mapping[str, Any
             axes[0, 0].plot(x, y, color=color, linestyle=line, marker=marker, markersize=4, label=label)
     wrapped = any(row["kind"] == "wrapped" for row in pairs)
     axes[0, 0].set_xlabel("source MoE layer" + (" (diamonds: into the next token)" if wrapped else ""))
-    axes[0, 0].set_ylabel("of the target's entropy is known")
+    axes[0, 0].set_ylabel("share of the target's entropy known")
     axes[0, 0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 0].legend(frameon=False, fontsize=8)
@@ -194,7 +195,8 @@ def draw(record: Mapping[str, Any], directory: Path) -> list[tuple[Path, str]]:
             figures["flows"] = flow_plot(np.array(arrays["first_LEE"]), chosen(heaviest["strong"]), title)
         for kind, drawn in figures.items():
             path = directory / "plots" / f"{slug(name)}-{kind}.png"
-            drawn.savefig(path, metadata={"Software": None})  # the same numbers make the same bytes
+            # The same numbers make the same bytes; flows are wide and full of shades.
+            drawn.savefig(path, metadata={"Software": None}, dpi=110 if kind == "flows" else "figure")
             made.append((path, f"{name}: {CAPTIONS[kind]}"))
     return made
 

@@ -24,6 +24,8 @@ GAP = 0.35
 """Height of all gaps between the experts of a layer, as a share of their own."""
 COLORS = ("#332288", "#CC6677", "#117733", "#DDAA33", "#44AA99", "#882255", "#6699CC", "#999933")
 SAMPLES = 24
+FAINTEST = 1e-3
+"""Transitions of a smaller share of the tokens are not drawn."""
 
 
 def order_experts(pair_LEE: Array) -> list[Array]:
@@ -104,7 +106,7 @@ def flow_plot(pair_LEE: Array, paths: Sequence[Mapping[str, Any]], title: str) -
     bands, shade = [], []
     for layer, pair_EE in enumerate(pair_LEE):
         chance_EE = pair_EE.sum(1, keepdims=True) * pair_EE.sum(0, keepdims=True)
-        for e, f in zip(*np.nonzero(pair_EE > 2e-4), strict=True):
+        for e, f in zip(*np.nonzero(pair_EE > FAINTEST), strict=True):
             x = (layer + BLOCK, layer + 1 - BLOCK)
             bands.append(ribbon(x, (leave_LEE[layer, e, f], reach_LEE[layer, e, f]), pair_EE[e, f]))
             # The more it exceeds chance, the darker: what everybody does stays pale.
