@@ -17,6 +17,8 @@ from specgate.predictors.layers import PointAttention, lookup
 from specgate.traces.batch import RoutingBatch
 
 HEAD_WIDTH = 16
+MEANS, SLOW = (0.5, 0.9), 0.8
+"""Rates of the decayed means of the running state and of the hidden state."""
 
 TOKEN_GAIN = 4.0
 """Token embeddings are stored this much smaller than they are used: Adam then moves a rare id's embedding as
@@ -107,9 +109,7 @@ class History:
     def __init__(self, batch: RoutingBatch, last_B: Tensor) -> None:
         self.batch, self.last_B = batch, last_B
         self.rows_B = torch.arange(last_B.shape[0], device=last_B.device)
-        self.age_B1T = (last_B[:, None] - torch.arange(batch.valid_BT.shape[1], device=last_B.device))[
-            :, None
-        ]
+        self.age_BT = last_B[:, None] - torch.arange(batch.valid_BT.shape[1], device=last_B.device)
 
     def token(self, x_BTF: Tensor, by: int) -> Tensor:
         """``x`` of the token ``by`` before the last, zeros where there is none: ``[B, F]``."""
@@ -117,20 +117,10 @@ class History:
         there_B = (index_B >= 0) & (index_B < x_BTF.shape[1])
         return x_BTF[self.rows_B, index_B.clamp(0, x_BTF.shape[1] - 1)] * there_B[:, None]
 
-    def one_B1T(self, by: int) -> Tensor:
-        """Weights that pick the token ``by`` before the last."""
-        return (self.age_B1T == by).float()
-
-    def decay_B1T(self, decay: float, lag: int) -> Tensor:
-        """Weights of :func:`decayed`, as it stands ``lag`` tokens before the last."""
-        power_B1T = decay ** (self.age_B1T - lag).clamp(min=0).float()
-        return power_B1T * (self.age_B1T >= lag) * (1 - decay)
-
-    def spread(self, index_BTC: Tensor, value_BTC: Tensor, time_B1T: Tensor, size: int) -> Tensor:
-        """Sum over tokens of ``time * value``, by index: ``[B, size]``."""
-        weighted_BTC = value_BTC * time_B1T.transpose(1, 2)
-        zeros_BS = weighted_BTC.new_zeros(self.last_B.shape[0], size)
-        return zeros_BS.scatter_add(1, index_BTC.flatten(1), weighted_BTC.flatten(1))
+    def decay_BTC(self, decay_C: Tensor, lag: int) -> Tensor:
+        """Weights of :func:`decayed` at several rates, as it stands ``lag`` tokens before the last."""
+        age_BT1 = (self.age_BT - lag)[..., None]
+        return decay_C ** age_BT1.clamp(min=0) * ((age_BT1 >= 0) * (1 - decay_C))
 
 
 class PointFeatures(nn.Module):
@@ -151,6 +141,10 @@ class PointFeatures(nn.Module):
         forward: ``RoutingBatch`` -> features ``[B, T, P, F]`` float32 with F = :attr:`size`, and the router
             weights of the point's own layer ``[B, T, P, E]`` (they are among the features too).
     """
+
+    decay_C: Tensor
+    means_C: Tensor
+    slow_1: Tensor
 
     def __init__(
         self,
@@ -180,6 +174,8 @@ class PointFeatures(nn.Module):
             self.size += horizons * experts * (1 + len(decays))
         if hidden_size is not None:
             self.size += 3 * hidden_size + 1
+        for name, rates in (("decay_C", decays), ("means_C", MEANS), ("slow_1", [SLOW])):
+            self.register_buffer(name, torch.tensor(rates, dtype=torch.float32), persistent=False)
         self.attention: PointAttention | None = None
         if heads:
             seen = token_dim + (state_dim if hidden_size is None else hidden_size)
@@ -221,9 +217,9 @@ class PointFeatures(nn.Module):
         )
         state_BTPF = state_BTPF / norm_P1
         if self.phase == "decode":
-            means = [decayed(state_BTPF[:, :, -1:], a).expand_as(state_BTPF) for a in (0.5, 0.9)]
+            means = [decayed(state_BTPF[:, :, -1:], a).expand_as(state_BTPF) for a in MEANS]
         else:
-            means = [decayed(state_BTPF, a) for a in (0.5, 0.9)]
+            means = [decayed(state_BTPF, a) for a in MEANS]
         return [state_BTPF, *[shifted(m) * 2 for m in means]]
 
     def hidden_blocks(self, batch: RoutingBatch) -> list[Tensor]:
@@ -234,7 +230,7 @@ class PointFeatures(nn.Module):
         rms_BTL1 = (hidden_BTLD.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
         unit_BTLD = hidden_BTLD / rms_BTL1
         change_BTLD = unit_BTLD - shift_layer(unit_BTLD)
-        mean_BTLD = shifted(decayed(unit_BTLD, 0.8)) * 2
+        mean_BTLD = shifted(decayed(unit_BTLD, SLOW)) * 2
         return [points(x) for x in (unit_BTLD, change_BTLD, mean_BTLD, rms_BTL1.log())]
 
     # ------------------------------------------------------------------ one point of one token
@@ -249,20 +245,17 @@ class PointFeatures(nn.Module):
         history = History(batch, last_B)
         token_BTF = lookup(self.token_VF, batch.token_ids_BT) * (TOKEN_GAIN * batch.valid_BT[..., None])
         executed_BTLK = executed_weights(batch)
-        scale, no_layer = self.experts**0.5, token_BTF.new_zeros(last_B.shape[0], self.experts)
+        experts_BLK = batch.experts_BTLK[history.rows_B, last_B]
+        weights_BLK = executed_BTLK[history.rows_B, last_B] * self.experts**0.5
+        nothing_BE = token_BTF.new_zeros(last_B.shape[0], self.experts)
         this_BE, before_BE = (
-            history.spread(
-                batch.experts_BTLK[:, :, x], executed_BTLK[:, :, x], history.one_B1T(0), self.experts
-            )
-            if x >= 0
-            else no_layer
+            nothing_BE.scatter(1, experts_BLK[:, x], weights_BLK[:, x]) if x >= 0 else nothing_BE
             for x in (layer, layer - 1)
         )
-        blocks = [history.token(token_BTF, by) for by in self.offsets]
-        blocks += [this_BE * scale, before_BE * scale]
+        blocks = [history.token(token_BTF, by) for by in self.offsets] + [this_BE, before_BE]
         blocks += self._state_step(history, executed_BTLK, token_BTF, layer)
         if self.phase == "decode":
-            blocks += self._past_step(history, executed_BTLK, layer)
+            blocks.append(self._past_step(history, executed_BTLK, layer))
         seen_BTF: Tensor | None = None
         if self.hidden_size is not None:
             seen_BTF, hidden = self._hidden_step(history, layer)
@@ -271,32 +264,35 @@ class PointFeatures(nn.Module):
             if seen_BTF is None:
                 seen_BTF = self._state_BTF(batch, executed_BTLK, token_BTF, layer)
             blocks.append(self.attention.step(torch.cat([token_BTF, seen_BTF], dim=-1), last_B, layer + 1))
-        return torch.cat(blocks, dim=-1), this_BE * scale
+        return torch.cat(blocks, dim=-1), this_BE
 
     def _state_step(
         self, history: History, executed_BTLK: Tensor, token_BTF: Tensor, layer: int
     ) -> list[Tensor]:
-        """:meth:`running_state` at one point of one token: three blocks ``[B, f]``."""
-        experts_BTLK = history.batch.experts_BTLK
-        value_BTLK = 0.5 * history.batch.valid_BT[:, :, None, None] + executed_BTLK
-        cell_BTLK = (
-            experts_BTLK + torch.arange(self.layers, device=experts_BTLK.device)[:, None] * self.experts
-        )
-        times = [history.one_B1T(0), *[2 * history.decay_B1T(a, 1) for a in (0.5, 0.9)]]
-        depths = [layer + 1] + [self.layers if self.phase == "decode" else layer + 1] * 2
-        start_BTF, blocks = self.start_VF(token_BTF), []
-        for time_B1T, depth in zip(times, depths, strict=True):
-            state_BF = (time_B1T @ start_BTF)[:, 0]
-            if depth:
-                used = history.spread(
-                    cell_BTLK[:, :, :depth].flatten(2),
-                    value_BTLK[:, :, :depth].flatten(2),
-                    time_B1T,
-                    depth * self.experts,
-                )
-                state_BF = state_BF + used @ self.expert_LEF[:depth].flatten(0, 1)
-            blocks.append(state_BF * (depth + 1) ** -0.5)
-        return blocks
+        """:meth:`running_state` at one point of one token: blocks ``[B, f]`` and ``[B, 2 f]``."""
+        batch, last_B, rows_B = history.batch, history.last_B, history.rows_B
+        start_BTF, table_XF = self.start_VF(token_BTF), self.expert_LEF.flatten(0, 1)
+        first_L1 = torch.arange(self.layers, device=last_B.device)[:, None] * self.experts
+        cell_BTLK = batch.experts_BTLK + first_L1
+        value_BTLK = executed_BTLK + 0.5 * batch.valid_BT[:, :, None, None]
+        state_BF = start_BTF[rows_B, last_B]
+        if depth := layer + 1:
+            used_BXF = table_XF[cell_BTLK[rows_B, last_B, :depth].flatten(1)]
+            value_BX1 = value_BTLK[rows_B, last_B, :depth].flatten(1)[..., None]
+            state_BF = state_BF + (used_BXF * value_BX1).sum(1)
+        state_BF = state_BF * (depth + 1) ** -0.5
+        depth = self.layers if self.phase == "decode" else layer + 1
+        time_BTC = 2 * history.decay_BTC(self.means_C, 1)
+        mean_BCF = time_BTC.mT @ start_BTF
+        if depth:
+            B, C = time_BTC.shape[0], time_BTC.shape[2]
+            cell_BX = cell_BTLK[:, :, :depth].flatten(1)
+            value_BTCX = value_BTLK[:, :, None, :depth].flatten(3) * time_BTC[..., None]
+            used_BCX = value_BTCX.new_zeros(B, C, depth * self.experts)
+            index_BCX = cell_BX[:, None].expand(-1, C, -1)
+            used_BCX = used_BCX.scatter_add(2, index_BCX, value_BTCX.transpose(1, 2).flatten(2))
+            mean_BCF = mean_BCF + used_BCX @ table_XF[: depth * self.experts]
+        return [state_BF, (mean_BCF * (depth + 1) ** -0.5).flatten(1)]
 
     def _state_BTF(self, batch: RoutingBatch, executed_BTLK: Tensor, token_BTF: Tensor, layer: int) -> Tensor:
         """The running state of every token at one point: ``[B, T, f]``."""
@@ -308,21 +304,24 @@ class PointFeatures(nn.Module):
             state_BTF = state_BTF + (steps * value[..., None]).sum((2, 3))
         return state_BTF * (depth + 1) ** -0.5
 
-    def _past_step(self, history: History, executed_BTLK: Tensor, layer: int) -> list[Tensor]:
-        """The target layers' experts of the previous token and their decayed use: blocks ``[B, H * E]``."""
-        B, experts_BTLK, blocks = history.last_B.shape[0], history.batch.experts_BTLK, []
-        ones_BTLK = history.batch.valid_BT[:, :, None, None].expand_as(executed_BTLK).to(executed_BTLK.dtype)
-        kinds = [(None, executed_BTLK), *[(a, ones_BTLK) for a in self.decays]]
-        for decay, value_BTLK in kinds:
-            for h0 in range(self.horizons):
-                column = min(layer + 1 + h0, 2 * self.layers - 1)
-                # The next token's layers that are passed already include this token, the others do not.
-                lag = 0 if self.layers <= column <= self.layers + layer else 1
-                time_B1T = history.one_B1T(lag) if decay is None else history.decay_B1T(decay, lag)
-                m = column % self.layers
-                use_BE = history.spread(experts_BTLK[:, :, m], value_BTLK[:, :, m], time_B1T, self.experts)
-                blocks.append(use_BE.view(B, -1) * self.experts**0.5)
-        return blocks
+    def _past_step(self, history: History, executed_BTLK: Tensor, layer: int) -> Tensor:
+        """The target layers' experts of the previous token and their decayed use: ``[B, C * H * E]``."""
+        batch, H = history.batch, self.horizons
+        column_H = torch.arange(layer + 1, layer + 1 + H, device=history.last_B.device)
+        column_H = column_H.clamp(max=2 * self.layers - 1)
+        # The next token's layers that are passed already include this token, the others do not.
+        lag_H = 1 - ((column_H >= self.layers) & (column_H <= self.layers + layer)).long()
+        age_BTH = history.age_BT[..., None] - lag_H
+        target_H = column_H % self.layers
+        time_BTHC = self.decay_C ** age_BTH.clamp(min=0)[..., None] * (1 - self.decay_C)
+        time_BTHC = time_BTHC * ((age_BTH >= 0) & batch.valid_BT[..., None])[..., None]
+        last_BTHK = executed_BTLK[:, :, target_H] * (age_BTH == 0)[..., None]
+        decayed_BTCHK = time_BTHC.mT[..., None].expand(-1, -1, -1, -1, last_BTHK.shape[-1])
+        value_BTCHK = torch.cat([last_BTHK[:, :, None], decayed_BTCHK], dim=2) * self.experts**0.5
+        first_CH1 = torch.arange(value_BTCHK.shape[2] * H, device=lag_H.device).view(-1, H, 1) * self.experts
+        cell_BTCHK = batch.experts_BTLK[:, :, None, target_H] + first_CH1
+        zeros_BX = value_BTCHK.new_zeros(value_BTCHK.shape[0], first_CH1.numel() * self.experts)
+        return zeros_BX.scatter_add(1, cell_BTCHK.flatten(1), value_BTCHK.flatten(1))
 
     def _hidden_step(self, history: History, layer: int) -> tuple[Tensor, list[Tensor]]:
         """:meth:`hidden_blocks` at one point: all tokens' normalised stream, and the last one's blocks."""
@@ -340,7 +339,8 @@ class PointFeatures(nn.Module):
         if layer > 0:
             before_BD = history.token(batch.hidden_BTLD[:, :, layer - 1], 0).float()
             change_BD = last_BD - before_BD * (before_BD.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
-        mean_BD = (2 * history.decay_B1T(0.8, 1) @ unit_BTD)[:, 0]
+        time_BT1 = 2 * history.decay_BTC(self.slow_1, 1)
+        mean_BD = (time_BT1.mT @ unit_BTD)[:, 0]
         return unit_BTD, [last_BD, change_BD, mean_BD, history.token(rms_BT1, 0).log()]
 
 
