@@ -67,8 +67,8 @@ def test_two_jobs_are_two_whole_runs_of_one_group(tiny_traces: dict[str, Path], 
     command = [
         sys.executable, str(ROOT / "train.py"), "-m", f"hydra.sweep.dir={folder}", "logger=wandb",
         "model=mlp", "model.width=8,16", f"data.traces={tiny_traces['olmoe']}", "data.window=32", "threads=1",
-        "trainer=debug", "trainer.log_every_n_steps=1", "data.max_sequences={train: 24, validation: 8, test: 8}",
-        "data.batch_size=8",
+        "trainer=debug", "trainer.log_every_n_steps=1",
+        "data.max_sequences={train: 24, validation: 8, test: 8}", "data.batch_size=8",
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
