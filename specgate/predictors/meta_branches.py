@@ -22,7 +22,7 @@ from specgate.predictors.features import (
     shifted,
 )
 from specgate.predictors.layers import PointLinear, lookup
-from specgate.predictors.mlp import ENTRY_GAIN, PointMLP
+from specgate.predictors.mlp import PointMLP
 from specgate.traces.batch import RoutingBatch
 
 
@@ -32,7 +32,7 @@ class Seen:
 
     Shapes:
         features_BTPF, routed_BTPE: of :class:`PointFeatures`. used_BTLE, weighted_BTLE: of
-            ``multi_hot_BTLE``.
+            ``multi_hot_BTLE``. entry_BT1HE: what a table per token id says at p = 0.
     """
 
     batch: RoutingBatch
@@ -40,6 +40,7 @@ class Seen:
     routed_BTPE: Tensor
     used_BTLE: Tensor
     weighted_BTLE: Tensor
+    entry_BT1HE: Tensor
 
 
 class Branch(nn.Module):
@@ -65,6 +66,11 @@ class Branch(nn.Module):
     def forward(self, seen: Seen) -> Tensor:
         """``[B, T, P, H, E]``; subclasses implement it."""
         raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+
+def with_entry(logits_BTPHE: Tensor, seen: Seen) -> Tensor:
+    """The logits, those at p = 0 with the table's added."""
+    return torch.cat([logits_BTPHE[:, :, :1] + seen.entry_BT1HE, logits_BTPHE[:, :, 1:]], dim=2)
 
 
 class HiddenBranch(Branch):
@@ -104,18 +110,13 @@ class TokenBranch(Branch):
         self.offsets = offsets
         self.token_VF = nn.Embedding(vocab, width)
         nn.init.normal_(self.token_VF.weight, std=0.3 / TOKEN_GAIN)
-        self.entry_VF = nn.Embedding(vocab, self.shape[1] * self.shape[2])
-        nn.init.zeros_(self.entry_VF.weight)
 
     def forward(self, seen: Seen) -> Tensor:
         batch = seen.batch
         token_BTF = lookup(self.token_VF, batch.token_ids_BT) * (TOKEN_GAIN * batch.valid_BT[..., None])
         around_BTF = torch.cat([shifted(token_BTF, by) for by in self.offsets], dim=-1)
         y_BTPHE = self.out(around_BTF[:, :, None].expand(-1, -1, self.shape[0], -1))
-        entry_BT1HE = (lookup(self.entry_VF, batch.token_ids_BT) * ENTRY_GAIN).unflatten(
-            -1, (1, *self.shape[1:])
-        )
-        return torch.cat([y_BTPHE[:, :, :1] + entry_BT1HE, y_BTPHE[:, :, 1:]], dim=2)
+        return with_entry(y_BTPHE, seen)
 
 
 class HistoryBranch(Branch):
@@ -156,7 +157,7 @@ class HistoryBranch(Branch):
 
 
 class DeepBranch(Branch):
-    """The MLP of ``mlp`` on everything that :class:`PointFeatures` collects."""
+    """The MLP of ``mlp`` on everything that :class:`PointFeatures` collects, and the table at p = 0."""
 
     def __init__(
         self, size: int, width: int, depth: int, experts: int, dropout: float, start_PHE: Tensor
@@ -168,5 +169,4 @@ class DeepBranch(Branch):
         del self.last  # it is the body's now
 
     def forward(self, seen: Seen) -> Tensor:
-        logits_BTPHE: Tensor = self.body(seen.features_BTPF, seen.routed_BTPE)
-        return logits_BTPHE
+        return with_entry(self.body(seen.features_BTPF, seen.routed_BTPE), seen)

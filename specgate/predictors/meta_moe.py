@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from specgate.errors import ConfigError
 from specgate.predictors.both_sides import SequenceFeatures
 from specgate.predictors.features import multi_hot_BTLE
-from specgate.predictors.layers import PointLinear
+from specgate.predictors.layers import PointLinear, lookup
 from specgate.predictors.meta_branches import (
     Branch,
     DeepBranch,
@@ -40,6 +40,7 @@ from specgate.predictors.meta_branches import (
     TokenBranch,
     TransitionBranch,
 )
+from specgate.predictors.mlp import ENTRY_GAIN
 from specgate.predictors.router_prior import RouterPrior
 from specgate.traces.batch import INVALID, WITHIN, RoutingBatch, targets
 
@@ -127,6 +128,8 @@ class MetaMoE(RouterPrior):
             "deep": DeepBranch(self.features.size, width, depth, E, dropout, start_PHE),
         }
         self.branches = nn.ModuleDict(branches)
+        self.entry_VF = nn.Embedding(self.vocab_size, H * E)  # as in mlp; of the token and the deep branch
+        nn.init.zeros_(self.entry_VF.weight)
         J = len(branches)
         if not 1 <= active <= J:
             raise ConfigError(f"active={active} is outside 1..{J}, the number of sub-predictors")
@@ -151,11 +154,8 @@ class MetaMoE(RouterPrior):
     def mixed(self, batch: RoutingBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits ``[B, T, P, H, E]``, the weights of the branches ``[B, T, P, H, J]`` (zero but for k),
         and the gate's scores of the same shape."""
-        features_BTPF, routed_BTPE = self.features(batch)
-        used_BTLE = multi_hot_BTLE(batch, self.experts, weighted=False)
-        weighted_BTLE = multi_hot_BTLE(batch, self.experts, weighted=True)
-        seen = Seen(batch, features_BTPF, routed_BTPE, used_BTLE, weighted_BTLE)
-        scores_BTPHJ = self.scores(features_BTPF)
+        seen = self.seen(batch)
+        scores_BTPHJ = self.scores(seen.features_BTPF)
         log_weight_BTPHJ = self.log_weights(scores_BTPHJ)
         logits_JBTPHE = self.opinions(seen)
         weight_BTPHJ = log_weight_BTPHJ.exp()
@@ -167,6 +167,15 @@ class MetaMoE(RouterPrior):
         else:
             logits = pooled(logits_JBTPHE, log_weight_BTPHJ, self.top_k)
         return logits, weight_BTPHJ, scores_BTPHJ
+
+    def seen(self, batch: RoutingBatch) -> Seen:
+        """What the branches look at."""
+        used_BTLE = multi_hot_BTLE(batch, self.experts, weighted=False)
+        weighted_BTLE = multi_hot_BTLE(batch, self.experts, weighted=True)
+        entry_BTF = lookup(self.entry_VF, batch.token_ids_BT) * ENTRY_GAIN
+        entry_BT1HE = entry_BTF.unflatten(-1, (1, self.lookahead, self.experts))
+        features_BTPF, routed_BTPE = self.features(batch)
+        return Seen(batch, features_BTPF, routed_BTPE, used_BTLE, weighted_BTLE, entry_BT1HE)
 
     def opinions(self, seen: Seen) -> list[Tensor]:
         """What each branch alone would say: J of ``[B, T, P, H, E]``."""

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from specgate.errors import ConfigError
-from specgate.predictors.features import multi_hot_BTLE
-from specgate.predictors.meta_branches import Seen
 from specgate.predictors.meta_moe import MetaMoE, entropy, imbalance
 from specgate.traces.batch import INVALID, WITHIN, RoutingBatch, targets
 from tests.predictors.support import (
@@ -38,12 +36,6 @@ def make_meta(phase: str = "decode", **kwargs: Any) -> MetaMoE:
     predictor = fitted("meta_moe", phase, **kwargs)
     assert isinstance(predictor, MetaMoE)
     return predictor
-
-
-def seen_of(model: MetaMoE, batch: RoutingBatch) -> Seen:
-    """What its branches look at."""
-    used, weighted = (multi_hot_BTLE(batch, EXPERTS, weighted=w) for w in (False, True))
-    return Seen(batch, *model.features(batch), used, weighted)
 
 
 # --- the gate ---
@@ -79,7 +71,7 @@ def test_the_mixture_is_the_weighted_mean_of_what_the_branches_say(K: int, combi
     model, batch = make_meta(K=K, combine=combine), make_batch(K=K)
     with torch.no_grad():
         logits, weight, _ = model.mixed(batch)
-        opinions = model.opinions(seen_of(model, batch))
+        opinions = model.opinions(model.seen(batch))
         found = model.probabilities(batch)
     for b, t, p, h in [(0, 3, 0, 0), (1, 5, 1, 2), (2, 1, 3, 1), (0, 0, 2, 0)]:
         total = torch.zeros(EXPERTS)
@@ -196,7 +188,7 @@ def test_branches_keep_to_their_own_evidence(phase: str) -> None:
         for what, where in changes:
             other = changed(batch, what, where)
             for name, branch in model.branches.items():
-                was, now = (branch(seen_of(model, x))[:, t, p, 0] for x in (batch, other))
+                was, now = (branch(model.seen(x))[:, t, p, 0] for x in (batch, other))
                 if not torch.allclose(was, now, atol=1e-6):
                     found[name].add(what if where == t else f"past {what}")
     assert found == expected
