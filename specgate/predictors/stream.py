@@ -67,8 +67,8 @@ class StreamFeatures(nn.Module):
     decayed use; with hidden states the normalised residual stream, its change over the layer, its decayed
     mean and its log-norm.
 
-    Embeddings start at zero: an id that training never met says nothing, exactly as one that
-    ``token_dropout`` hides.
+    The embedding of an id that training never met would be noise; such an id says nothing, exactly as one
+    that ``token_dropout`` hides.
 
     Args:
         token_dim, state_dim: widths of embeddings. decays: of the recency features. token_dropout: share of
@@ -76,10 +76,14 @@ class StreamFeatures(nn.Module):
             training.
 
     Shapes:
+        met_V (buffer): bool, ids that training has met; all until :meth:`count_ids` starts the count.
         forward: ``RoutingBatch``, carry -> features ``[B, T, P, F]`` with F = :attr:`size`, router weights
             ``[B, T, P, E]``, the ids' embeddings ``[B, T, F_t]``, the use of experts ``[B, T, L, E]`` (1
             where used), and the carry for the next segment.
     """
+
+    met_V: Tensor
+    counts_ids: Tensor
 
     def __init__(
         self,
@@ -104,7 +108,9 @@ class StreamFeatures(nn.Module):
         self.bidirectional, self.token_dropout = bidirectional, token_dropout
         self.drop = nn.Dropout(expert_dropout)
         self.token_VF = nn.Embedding(vocab_size, token_dim)
-        nn.init.zeros_(self.token_VF.weight)
+        nn.init.normal_(self.token_VF.weight, std=0.3 / TOKEN_GAIN)
+        self.register_buffer("met_V", torch.ones(vocab_size, dtype=torch.bool))
+        self.register_buffer("counts_ids", torch.tensor(False))
         self.expert_LEF = nn.Parameter(torch.randn(layers, experts, state_dim) * 0.5)
         self.start_VF = nn.Linear(token_dim, state_dim, bias=False)
         self.around = token_dim * (5 if bidirectional else 3)
@@ -115,11 +121,19 @@ class StreamFeatures(nn.Module):
             self.size += 3 * hidden_size + 1
 
     def shown(self, batch: RoutingBatch) -> Tensor:
-        """1 where the token's id is looked at, 0 for padding and what ``token_dropout`` hides: ``[B, T]``."""
-        shown_BT = batch.valid_BT
-        if self.training and self.token_dropout:
-            shown_BT = shown_BT & (torch.rand(shown_BT.shape, device=shown_BT.device) >= self.token_dropout)
-        return shown_BT
+        """Where the token's id is looked at: not at padding, not at ids never met, nor where
+        ``token_dropout`` hides them: ``[B, T]`` bool."""
+        if not self.training:
+            return batch.valid_BT & self.met_V[batch.token_ids_BT]
+        self.met_V[batch.token_ids_BT[batch.valid_BT]] = True
+        noise_BT = torch.rand(batch.valid_BT.shape, device=batch.valid_BT.device)
+        return batch.valid_BT & (noise_BT >= self.token_dropout)
+
+    def count_ids(self) -> None:
+        """From now on (once in a predictor's life) only ids that training meets are looked at."""
+        if not bool(self.counts_ids):
+            self.met_V.zero_()
+            self.counts_ids.fill_(True)
 
     def forward(
         self, batch: RoutingBatch, shown_BT: Tensor, carry: Carry | None

@@ -137,6 +137,11 @@ class TransformerXL(RouterPrior):
             with torch.no_grad():  # where the router speaks, the correction starts at zero
                 self.head.last.bias_P1.view(L_ + 1, H, E)[self.kinds == WITHIN] = 0.0
 
+    def on_fit_start(self) -> None:
+        """Start to note which ids training meets; refuse to run without routers."""
+        super().on_fit_start()
+        self.features.count_ids()
+
     # ------------------------------------------------------------------ calls
 
     def forward(self, batch: RoutingBatch) -> Tensor:
