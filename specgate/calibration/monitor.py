@@ -274,7 +274,9 @@ class TokenStream:
     def blocks(self, block: int) -> Float:
         """Contributions per cell of consecutive whole blocks, ``[S, C]``."""
         count = len(self.cells_N) // block
-        residual_SC = self.residual_NC[: count * block].reshape(count, block, -1).sum(1)
+        residual_SC = (
+            self.residual_NC[: count * block].reshape(count, block, self.residual_NC.shape[1]).sum(1)
+        )
         cells_S1 = self.cells_N[: count * block].reshape(count, block).sum(1)[:, None]
         return residual_SC / np.maximum(cells_S1, 1)
 
