@@ -6,15 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from specgate.errors import ConfigError
 from specgate.report.accuracy import AccuracySettings, compare
+from specgate.report.calibration import CalibrationSettings, examine
 from specgate.report.cost import CostSettings, measure
-from specgate.report.transitions import FlowSettings, explore
 from specgate.report.quantized import QuantizeSettings, compare_precisions
+from specgate.report.transitions import FlowSettings, explore
+from specgate.report.uncertainty import UncertaintySettings, measure_uncertainty
 from specgate.traces.datamodule import RoutingDataModule
 
 Mode = Callable[[Any, Mapping[str, RoutingDataModule], Any, Console], dict[str, Any]]
@@ -52,11 +57,30 @@ def transitions(
     return explore(FlowSettings(**values), traces, Path(cfg.paths.run), console)
 
 
+def uncertainty(
+    cfg: DictConfig, traces: Mapping[str, RoutingDataModule], fitter: Any, console: Console
+) -> dict[str, Any]:
+    """What an ensemble's doubt is worth (``specgate.report.uncertainty``)."""
+    values: Any = OmegaConf.to_container(cfg.uncertainty, resolve=True)
+    return measure_uncertainty(UncertaintySettings(**values), traces, fitter, console)
+
+
+def calibration(
+    cfg: DictConfig, traces: Mapping[str, RoutingDataModule], fitter: Any, console: Console
+) -> dict[str, Any]:
+    """How honest the probabilities are, in domain and on other text (``specgate.report.calibration``)."""
+    values: Any = OmegaConf.to_container(cfg.calibrate, resolve=True)
+    shift = {name: instantiate(composed_data(name), _convert_="all") for name in cfg.shift}
+    return examine(CalibrationSettings(**values), traces, shift, console)
+
+
 MODES: dict[str, Mode] = {
     "accuracy": accuracy,
+    "calibration": calibration,
     "cost": cost,
     "quantize": quantize,
     "transitions": transitions,
+    "uncertainty": uncertainty,
 }
 
 
@@ -71,6 +95,14 @@ def run_mode(
     if name not in MODES:
         raise ConfigError(f"mode={name} is unknown: choose one of {', '.join(MODES)}")
     return MODES[name](cfg, traces, fitter, console)
+
+
+def composed_data(name: str) -> DictConfig:
+    """The configuration of one data set, as if ``data=name`` had been given (inside a Hydra run)."""
+    settings = HydraConfig.get()
+    others = [override for override in settings.overrides.task if not override.startswith("data=")]
+    data: DictConfig = compose(config_name=settings.job.config_name, overrides=[*others, f"data={name}"]).data
+    return data
 
 
 def chosen(group: str, overrides: Sequence[str], config: Path) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from specgate.report.calibration_page import publish_calibration
 from specgate.report.cost_page import publish_cost
 from specgate.report.flow_page import publish_transitions
 from specgate.report.html import write_page
@@ -23,12 +24,15 @@ from specgate.report.tables import (
     summary_table,
     trace_table,
 )
+from specgate.report.uncertainty_page import publish_uncertainty
 
 #: Modes of benchmark.py whose rows are not scores on a split, and what they look like.
 PAGES: dict[str, Callable[[Mapping[str, Any], Path, Console | None], Path]] = {
+    "calibration": publish_calibration,
     "cost": publish_cost,
     "quantize": publish_quantized,
     "transitions": publish_transitions,
+    "uncertainty": publish_uncertainty,
 }
 
 

@@ -15,10 +15,12 @@ from typing import Any
 
 from specgate.errors import SpecgateError
 from specgate.report import zoo
+from specgate.report.calibration_page import calibration_section, is_calibration, slim_calibration
 from specgate.report.record import describe_hardware, read_record, write_json
 from specgate.report.running import is_running, running_section, slim_running
 from specgate.report.style import scored_rows, slug, traces_of
 from specgate.report.tables import calibration_table, detail_table, summary_table, trace_table
+from specgate.report.uncertainty_page import is_uncertainty, slim_uncertainty, uncertainty_section
 from specgate.report.verdict import verdict
 
 DROPPED = ("thresholds", "reliability", "reliability_uncalibrated", "per_layer")
@@ -54,6 +56,10 @@ def slim(record: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: record[key] for key in KEPT if key in record}
     if is_running(record):
         return kept | slim_running(record)
+    if is_calibration(record):
+        return kept | slim_calibration(record)
+    if is_uncertainty(record):
+        return kept | slim_uncertainty(record)
     kept["rows"] = [{k: v for k, v in row.items() if k not in DROPPED} for row in scored_rows(record)]
     if "load" in kept:
         kept["load"] = {
@@ -101,6 +107,10 @@ def _section(name: str, record: Mapping[str, Any]) -> list[str]:
         return zoo.section(name, record)
     if is_running(record):
         return [f"## {name}", "", *_origin(record), "", *running_section(record), ""]
+    if is_calibration(record):
+        return [f"## {name}", "", *_origin(record), "", *calibration_section(record), ""]
+    if is_uncertainty(record):
+        return [f"## {name}", "", *_origin(record), "", *uncertainty_section(record), ""]
     rows, load = scored_rows(record), record.get("load", {})
     split = record.get("split", "test")
     parts = [f"## {name}" + ("" if split == "test" else f" ({split} split)"), "", *_origin(record), ""]
