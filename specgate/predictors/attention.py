@@ -64,7 +64,7 @@ class Attention(RouterPrior, MLP):
     def __init__(
         self,
         *,
-        units: int = 32,
+        units: int = 48,
         attention_heads: int = 4,
         head_width: int = 32,
         span: int = 128,
@@ -72,7 +72,7 @@ class Attention(RouterPrior, MLP):
         rotary: float | None = None,
         qk_norm: bool | None = None,
         block_dropout: float = 0.0,
-        regress: float = 40.0,
+        regress: float = 16.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -106,24 +106,23 @@ class Attention(RouterPrior, MLP):
     def forward(self, batch: RoutingBatch) -> Tensor:
         return self._logits(batch, self.rollout(batch))
 
-    def _logits(self, batch: RoutingBatch, ahead_BTPHD: Tensor | None) -> Tensor:
+    def _logits(self, batch: RoutingBatch, ahead: tuple[Tensor, Tensor] | None) -> Tensor:
         correction_BTPHE = MLP.forward(self, batch)
-        if ahead_BTPHD is None or self.host is None:
+        if ahead is None:
             return correction_BTPHE
-        target_PH = column_PH(self.layers, self.lookahead, ahead_BTPHD.device).clamp(max=self.layers - 1)
-        base_BTPHE = self.host.scores(ahead_BTPHD.float(), target_PH)
-        return base_BTPHE * (self.trust_PH * self._same_token())[..., None] + correction_BTPHE
+        return ahead[1] * (self.trust_PH * self._same_token())[..., None] + correction_BTPHE
 
     def _same_token(self) -> Tensor:
         """Where the stand-in speaks, ``[P, H]`` bool: at targets of the same token."""
         return (self.kinds == WITHIN) | (self.kinds == ENTRY)
 
-    def rollout(self, batch: RoutingBatch) -> Tensor | None:
+    def rollout(self, batch: RoutingBatch) -> tuple[Tensor, Tensor] | None:
         """The residual stream as it is thought to enter each target's router, over the source's root mean
-        square (at p = 0: over ``size``): ``[B, T, P, H, D]``; None without hidden states."""
+        square (at p = 0: over ``size``), ``[B, T, P, H, D]``, and what those routers say to it,
+        ``[B, T, P, H, E]``; None without hidden states."""
         if self.hidden_size is None or batch.hidden_BTLD is None or self.host is None:
             return None
-        (B, T), L, D = batch.valid_BT.shape, self.layers, self.hidden_size
+        (B, T), L = batch.valid_BT.shape, self.layers
         rms_BTP1 = self._rms(batch)
         start_BT1D = self.start_VD(batch.token_ids_BT)[:, :, None] * EMBED_GAIN
         x_BTPD = torch.cat([start_BT1D, batch.hidden_BTLD.float() / rms_BTP1[:, :, 1:]], dim=2)
@@ -132,22 +131,31 @@ class Attention(RouterPrior, MLP):
         )
         gates_PNE = points(multi_hot_BTLE(batch, self.experts, weighted=True)).flatten(0, 1).transpose(0, 1)
         point_P = torch.arange(L + 1, device=x_PND.device)
-        past_PND, steps = x_PND, []
+        past_PND, streams, scores = x_PND, [], []
         for j in range(self.lookahead):
-            experts_P = (point_P - 1 + j).clamp(0, L - 1)
-            if j:
-                gates_PNE = self._gates(x_PND, experts_P)
-            x_PND = x_PND + self.moe(unit(x_PND), gates_PNE, experts_P) * shrink_PN1
+            x_PND = x_PND + self.moe(unit(x_PND), gates_PNE, (point_P - 1 + j).clamp(0, L - 1)) * shrink_PN1
             entered_PND = unit(x_PND)
             past_PND = past_PND if j else entered_PND
-            attention_P = (point_P + j).clamp(max=L - 1)
+            target_P = (point_P + j).clamp(max=L - 1)
             if self.phase == "prefill":
-                mixed_PND = self.mix(entered_PND, attention_P, batch.positions_BT, batch.valid_BT)
+                mixed_PND = self.mix(entered_PND, target_P, batch.positions_BT, batch.valid_BT)
             else:
-                mixed_PND = self.mix.onto_past(entered_PND, past_PND, attention_P, batch.positions_BT)
+                mixed_PND = self.mix.onto_past(entered_PND, past_PND, target_P, batch.positions_BT)
             x_PND = x_PND + mixed_PND * shrink_PN1
-            steps.append(x_PND)
-        return torch.stack(steps, dim=2).view(L + 1, B, T, self.lookahead, D).permute(1, 2, 0, 3, 4)
+            streams.append(x_PND)
+            by_token = self.host.scores(x_PND.transpose(0, 1)[None, :, :, None], target_P[:, None])
+            scores.append(by_token[0, :, :, 0].transpose(0, 1))
+            gates_PNE = self._gates(scores[-1])
+        shape = (L + 1, B, T, self.lookahead, -1)
+        ahead, said = (torch.stack(y, dim=2).view(shape).permute(1, 2, 0, 3, 4) for y in (streams, scores))
+        return ahead, said
+
+    def _gates(self, scores_PNE: Tensor) -> Tensor:
+        """The router's softmax, the K largest kept (above 0 in centred scores): ``[P, N, E]``."""
+        p_PNE = scores_PNE.softmax(-1)
+        if self.top_k == 1:
+            return torch.where(p_PNE == p_PNE.amax(-1, keepdim=True), p_PNE, 0.0)
+        return torch.where(scores_PNE > 0, p_PNE, 0.0) if self.top_k < self.experts else p_PNE
 
     def _rms(self, batch: RoutingBatch) -> Tensor:
         """Root mean square of the hidden state at each point, ``size`` at p = 0: ``[B, T, P, 1]``."""
@@ -160,25 +168,17 @@ class Attention(RouterPrior, MLP):
         size_BT11 = self.size.clamp(min=1e-6).expand(*rms_BTL1.shape[:2], 1, 1)
         return torch.cat([size_BT11, rms_BTL1], dim=2)
 
-    def _gates(self, x_PND: Tensor, layer_P: Tensor) -> Tensor:
-        """The host router's softmax on x, the K largest kept: ``[P, N, E]``."""
-        assert self.host is not None
-        scores = self.host.scores(x_PND.float().transpose(0, 1)[None, :, :, None], layer_P[:, None])
-        p_NPE = scores[0, :, :, 0].softmax(-1)
-        kept = torch.zeros_like(p_NPE).scatter_(-1, p_NPE.topk(self.top_k, dim=-1).indices, 1.0)
-        return (p_NPE * kept).transpose(0, 1)
-
     def training_loss(self, batch: RoutingBatch) -> Tensor:
         """The summed loss, the imitation of the routers, and ``regress`` times the mean squared error of the
         residual stream (over its source's root mean square) in every cell of the same token."""
-        ahead_BTPHD = self.rollout(batch)
-        logits_BTPHE = self._logits(batch, ahead_BTPHD)
+        ahead = self.rollout(batch)
+        logits_BTPHE = self._logits(batch, ahead)
         total = self.loss(logits_BTPHE, *targets(batch, self.lookahead))
         total = total + self.imitation_loss(batch, logits_BTPHE)
-        if ahead_BTPHD is None or not self.regress or batch.hidden_BTLD is None:
+        if ahead is None or not self.regress or batch.hidden_BTLD is None:
             return total
-        target_PH = column_PH(self.layers, self.lookahead, ahead_BTPHD.device).clamp(max=self.layers - 1)
+        target_PH = column_PH(self.layers, self.lookahead, ahead[0].device).clamp(max=self.layers - 1)
         wanted_BTPHD = batch.hidden_BTLD.float()[:, :, target_PH] / self._rms(batch)[..., None, :]
-        error_BTPH = F.mse_loss(ahead_BTPHD.float(), wanted_BTPHD, reduction="none").mean(-1)
+        error_BTPH = F.mse_loss(ahead[0].float(), wanted_BTPHD, reduction="none").mean(-1)
         scored_BTPH = self._same_token() & batch.mask_BT[:, :, None, None]
         return total + self.regress * torch.where(scored_BTPH, error_BTPH, 0.0).sum()

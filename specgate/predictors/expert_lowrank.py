@@ -55,6 +55,7 @@ class ExpertLowRank(RouterPrior):
     """
 
     name: ClassVar[str] = "expert_lowrank"
+    limit_K: Tensor
 
     def __init__(
         self,
@@ -79,6 +80,7 @@ class ExpertLowRank(RouterPrior):
                 f"units={units} is not one number, or {self.top_k} (one per chosen expert): give either"
             )
         self.by_rank, units = by_rank, max(by_rank)
+        self.register_buffer("limit_K", torch.tensor(by_rank), persistent=False)
         L, E, H = self.layers, self.experts, self.lookahead
         P, out = L + 1, H * E
         self.units, self.heads, self.head_width, self.value_width = units, heads, head_width, value_width
@@ -136,7 +138,7 @@ class ExpertLowRank(RouterPrior):
         units = F.gelu(self.into(mixed_PND))
         own = units[..., : E * self.units].unflatten(-1, (E, self.units))
         size = self.top_k**0.5 if self.top_k > 1 else 1.0
-        own = (own * (gate_PNE * size)[..., None].to(own.dtype) * self.runs(batch)).flatten(-2)
+        own = (own * self.gates_PNER((gate_PNE * size).to(own.dtype), batch)).flatten(-2)
         y_PNF = self.out(self.drop(torch.cat([own, units[..., E * self.units :]], dim=-1)))
         y_PNF = y_PNF + torch.bmm(x_PND.to(y_PNF.dtype), self.linear_PDF.to(y_PNF.dtype))
         token_BTF = self.token_VF(batch.token_ids_BT) * (TOKEN_GAIN * batch.valid_BT[..., None])
@@ -176,16 +178,17 @@ class ExpertLowRank(RouterPrior):
                 total += D * ((A + 1) * C + A * V) + seen * A * (C + V) + A * V * out
         return 2.0 * total / self.layers
 
-    def runs(self, batch: RoutingBatch) -> Tensor | float:
-        """Which units run, by the rank of their expert: ``[P, N, E, R]`` 0/1, or 1 if all do."""
+    def gates_PNER(self, gate_PNE: Tensor, batch: RoutingBatch) -> Tensor:
+        """The router weight of every unit's expert, 0 for units beyond what its rank runs: ``[P, N, E, R]``,
+        or ``[P, N, E, 1]`` if all run."""
         if min(self.by_rank) == self.units:
-            return 1.0
-        limit_K = torch.tensor(self.by_rank, device=batch.experts_BTLK.device)
+            return gate_PNE[..., None]
         limit_BTLE = torch.zeros(
-            (*batch.experts_BTLK.shape[:3], self.experts), dtype=limit_K.dtype, device=limit_K.device
-        ).scatter_(-1, batch.experts_BTLK, limit_K.expand_as(batch.experts_BTLK))
+            (*batch.experts_BTLK.shape[:3], self.experts), dtype=torch.int64, device=gate_PNE.device
+        ).scatter_(-1, batch.experts_BTLK, self.limit_K.expand_as(batch.experts_BTLK))
         limit_PNE1 = points(limit_BTLE).flatten(0, 1).transpose(0, 1)[..., None]
-        return (torch.arange(self.units, device=limit_K.device) < limit_PNE1).to(batch.weights_BTLK.dtype)
+        runs_PNER = torch.arange(self.units, device=gate_PNE.device) < limit_PNE1
+        return torch.where(runs_PNER, gate_PNE[..., None], 0.0)
 
     def carried(self, y_BTPHE: Tensor) -> Tensor:
         """Every point's correction plus a learned share of what the point before said of the same target."""

@@ -85,20 +85,20 @@ class HostRouters(nn.Module):
     def _loaded(self, *_: object) -> None:
         self.corrects = bool(self.corrected_L.any())
 
-    def scores(self, hidden: Tensor, layer: Tensor) -> Tensor:
+    def scores(self, hidden: Tensor, layer: Tensor, centre: bool = True) -> Tensor:
         """What the routers of ``layer`` choose by, if the residual stream entering them were ``hidden``.
 
         Shapes:
             hidden: ``[B, T, L, D]`` (axis 2: where it was taken) or ``[B, T, L, H, D]`` (one per horizon
             too). layer: ``[L, H]`` int64, the router to apply.
-            output: ``[B, T, L, H, E]``, centred by :meth:`centred`.
+            output: ``[B, T, L, H, E]``, centred by :meth:`centred` unless ``centre`` is False.
         """
         equation = "btld,lhed->btlhe" if hidden.dim() == 4 else "btlhd,lhed->btlhe"
         with torch.autocast(hidden.device.type, enabled=False):  # near ties are decided by the last digits
             hidden = hidden.float()
             unit = hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
             logits = torch.einsum(equation, unit, self.weight_LED[layer]) + self.bias_LE[layer]
-            return self._chosen_by(logits, layer)
+            return self._chosen_by(logits, layer, centre)
 
     def scores_at(self, hidden: Tensor, first: int) -> Tensor:
         """:meth:`scores` of routers ``first``, ``first + 1``, ..., one for each row of axis 1: ``[B, C, D]``
@@ -108,11 +108,11 @@ class HostRouters(nn.Module):
         logits = (unit[:, :, None] @ self.weight_LED[layer].mT)[:, :, 0] + self.bias_LE[layer]
         return self._chosen_by(logits, layer)
 
-    def _chosen_by(self, logits: Tensor, layer: Tensor | slice) -> Tensor:
+    def _chosen_by(self, logits: Tensor, layer: Tensor | slice, centre: bool = True) -> Tensor:
         if self.corrects:
             chosen_by = logits.sigmoid() + self.correction_LE[layer]
             logits = torch.where(self.corrected_L[layer][..., None], chosen_by, logits)
-        return self.centred(logits)
+        return self.centred(logits) if centre else logits
 
     def centred(self, logits: Tensor) -> Tensor:
         """K > 1: shifted so that 0 lies midway between the K-th and the next largest, the threshold of

@@ -35,6 +35,11 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(x.dtype)
 
 
+def rows(x: Tensor, index: Tensor) -> Tensor:
+    """``x[index]`` along the first axis; its gradient is added up without sorting, as indexing's would be."""
+    return x.index_select(0, index)
+
+
 class LayerExperts(nn.Module):
     """What the host's experts would add to the residual stream: units of each expert, per host layer.
 
@@ -62,14 +67,15 @@ class LayerExperts(nn.Module):
         self.out_LWD = nn.Parameter(torch.zeros(layers, wide, hidden))
 
     def forward(self, x_PND: Tensor, gates_PNE: Tensor, layer_P: Tensor) -> Tensor:
-        into = torch.baddbmm(self.bias_LW[layer_P][:, None], x_PND, self.into_LDW[layer_P])
+        bias_P1W = rows(self.bias_LW, layer_P)[:, None]
+        into = torch.baddbmm(bias_P1W, x_PND, rows(self.into_LDW, layer_P))
         if self.activation == "swiglu":
             left, right = into.chunk(2, dim=-1)
             units = F.silu(left) * right
         else:
             units = F.relu(into) if self.activation == "relu" else F.gelu(into)
         gated = self.drop(units).unflatten(-1, (-1, self.units)) * gates_PNE[..., None].to(units.dtype)
-        return torch.bmm(gated.flatten(-2), self.out_LWD[layer_P])
+        return torch.bmm(gated.flatten(-2), rows(self.out_LWD, layer_P))
 
 
 class LayerAttention(nn.Module):
@@ -123,9 +129,9 @@ class LayerAttention(nn.Module):
     def heads_of(self, x_PND: Tensor, layer_P: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each ``[P, B, A, T, C]``."""
         B, T = positions_BT.shape
-        q, k, v = torch.bmm(x_PND, self.qkv_LDF[layer_P]).chunk(3, dim=-1)
+        q, k, v = torch.bmm(x_PND, rows(self.qkv_LDF, layer_P)).chunk(3, dim=-1)
         if self.gain_L2F is not None:
-            gain_P2F = self.gain_L2F[layer_P].to(q.dtype)
+            gain_P2F = rows(self.gain_L2F, layer_P).to(q.dtype)
             q, k = unit(q) * gain_P2F[:, :1], unit(k) * gain_P2F[:, 1:]
         q, k, v = (y.view(len(y), B, T, self.heads, self.width).transpose(2, 3) for y in (q, k, v))
         return self.turn(q, positions_BT), self.turn(k, positions_BT), v
@@ -135,7 +141,8 @@ class LayerAttention(nn.Module):
         age_TT = torch.arange(T, device=layer_P.device)
         age_TT = age_TT[:, None] - age_TT[None]
         low = -self.span if self.bidirectional else 0
-        bias = self.bias_LAS[layer_P][:, :, age_TT.clamp(low, self.span) - low]
+        place = (age_TT.clamp(low, self.span) - low).flatten()
+        bias = rows(self.bias_LAS, layer_P).index_select(-1, place).unflatten(-1, (T, T))
         return bias if self.bidirectional else bias.masked_fill(age_TT < 0, -torch.inf)
 
     def forward(self, x_PND: Tensor, layer_P: Tensor, positions_BT: Tensor, valid_BT: Tensor) -> Tensor:
@@ -153,7 +160,7 @@ class LayerAttention(nn.Module):
             q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), bias.expand(P, B, -1, -1, -1).flatten(0, 1)
         )
         mixed = out.view(P, B, self.heads, T, self.width).transpose(2, 3).reshape(P, B * T, -1)
-        return torch.bmm(mixed, self.out_LFD[layer_P])
+        return torch.bmm(mixed, rows(self.out_LFD, layer_P))
 
     def onto_past(self, x_PND: Tensor, past_PND: Tensor, layer_P: Tensor, positions_BT: Tensor) -> Tensor:
         """Every token looks at itself at its own point, and at earlier tokens as they went by this layer
@@ -174,4 +181,4 @@ class LayerAttention(nn.Module):
         weights = torch.cat([seen, own.to(seen.dtype)], dim=-1).float().softmax(-1).to(v.dtype)
         out = weights[..., :-1] @ v + weights[..., -1:] * own_v
         mixed = out.transpose(2, 3).flatten(1, 2).flatten(2)
-        return torch.bmm(mixed, self.out_LFD[layer_P])
+        return torch.bmm(mixed, rows(self.out_LFD, layer_P))

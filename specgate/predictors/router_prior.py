@@ -115,12 +115,12 @@ class RouterPrior(Predictor):
 
     @torch.no_grad()
     def teacher_scores(self, batch: RoutingBatch) -> Tensor:
-        """What each target layer's router said when it chose: ``[B, T, P, H, E]`` (targets: never an
-        input)."""
+        """What each target layer's router said when it chose, up to a constant: ``[B, T, P, H, E]``
+        (targets: never an input)."""
         assert self.host is not None
         assert batch.hidden_BTLD is not None
         own_L1 = torch.arange(self.layers, device=batch.hidden_BTLD.device)[:, None]
-        now_BTLE = self.host.scores(batch.hidden_BTLD.float(), own_L1)[:, :, :, 0]
+        now_BTLE = self.host.scores(batch.hidden_BTLD.float(), own_L1, centre=False)[:, :, :, 0]
         next_BTLE = torch.cat([now_BTLE[:, 1:], torch.zeros_like(now_BTLE[:, :1])], dim=1)
         both = torch.cat([now_BTLE, next_BTLE], dim=2)
         return both[:, :, column_PH(self.layers, self.lookahead, both.device)]

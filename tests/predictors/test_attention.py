@@ -118,8 +118,9 @@ def test_a_host_of_its_own_form_is_learnt_to_the_last_digit() -> None:
     batch.hidden_BTLD, batch.experts_BTLK = torch.stack(hidden, 2), torch.stack(experts, 2)
     batch.weights_BTLK = torch.stack(weights, 2)
     with torch.no_grad():
-        ahead = model.rollout(batch)
-    assert ahead is not None
+        found = model.rollout(batch)
+    assert found is not None
+    ahead, _ = found
     for p in range(1, L):
         size = batch.hidden_BTLD[:, :, p - 1].pow(2).mean(-1, keepdim=True).sqrt()
         for h in range(1, L - p + 1):
