@@ -29,10 +29,10 @@ from specgate.errors import ConfigError
 from specgate.predictors.counting import CountingPredictor, next_valid_BT, used_BTCE
 from specgate.predictors.features import at_targets_BTPHE, column_PH, decayed, points
 from specgate.predictors.loglinear import fit_weights
+from specgate.predictors.markov2_step import OWN_SHARE, step_evidence
 from specgate.traces.batch import INVALID, WITHIN, WRAPPED, RoutingBatch, kind_PH, targets
 
 Tables = tuple[Tensor, Tensor, Tensor | None]
-_SHARE = 0.5  # of the sequence's own decayed use against popularity, before its weight is fitted
 
 
 class Markov2(CountingPredictor):
@@ -286,7 +286,7 @@ class Markov2(CountingPredictor):
         prior_LE, prior_PHE = self.prior_LE(), self.prior_PHE()
         for decay in self.decays:
             mass_BT11 = decayed(batch.valid_BT[..., None].float(), decay)[..., None]
-            after_BTLE = _SHARE * (decayed(used_BTLE, decay) - mass_BT11 * prior_LE)
+            after_BTLE = OWN_SHARE * (decayed(used_BTLE, decay) - mass_BT11 * prior_LE)
             p_BTPHE = at_targets_BTPHE(after_BTLE, self.lookahead) + prior_PHE
             yield self.link(p_BTPHE) - self.link(prior_PHE)
 
@@ -294,8 +294,7 @@ class Markov2(CountingPredictor):
         """What followed in this sequence when earlier tokens used the same experts at this layer.
 
         The counts c(e, f) of the sequence so far, summed over this token's experts e, are those of tokens s <
-        t
-        weighted by how many experts s and t share at layer l: attention without any [E, E] table per token.
+        t weighted by how many experts s and t share at layer l: attention without any [E, E] table per token.
         """
         T, L = batch.valid_BT.shape[1], self.layers
         both_BTCE, follows_BT = used_BTCE(batch, self.experts, 2 * L), next_valid_BT(batch)
@@ -318,16 +317,28 @@ class Markov2(CountingPredictor):
         return points(torch.stack(found, dim=3))
 
     def forward(self, batch: RoutingBatch) -> Tensor:
-        horizon_H = torch.arange(self.lookahead, device=self.kinds.device)
-        weight_PHI = self.weight_QHI[self.kinds.clamp(min=0), horizon_H]
         B, T = batch.valid_BT.shape
         prior_PHE = self.link(self.prior_PHE())
         logits_BTPHE = prior_PHE.expand(B, T, *prior_PHE.shape)
-        static = 1 if self.order == 1 else 3
-        for i, x_BTPHE in enumerate(self.evidence(batch)):
-            factor_PH1 = weight_PHI[..., i, None] * (1.0 if i < static else self.adapt)
-            logits_BTPHE = logits_BTPHE + x_BTPHE * factor_PH1
+        for weight_PH1, x_BTPHE in zip(self.weights(), self.evidence(batch), strict=True):
+            logits_BTPHE = logits_BTPHE + x_BTPHE * weight_PH1
         return logits_BTPHE
+
+    def weights(self) -> list[Tensor]:
+        """The weight of each piece of evidence: ``[P, H, 1]`` each."""
+        horizon_H = torch.arange(self.lookahead, device=self.kinds.device)
+        weight_PHI = self.weight_QHI[self.kinds.clamp(min=0), horizon_H]
+        static = 1 if self.order == 1 else 3
+        return [
+            w[..., None] * (1.0 if i < static else self.adapt) for i, w in enumerate(weight_PHI.unbind(-1))
+        ]
+
+    def step_logits(self, batch: RoutingBatch, layer: int) -> Tensor:
+        """Rows of the tables, and sums over the history of the layers foreseen."""
+        logits_BHE = self.link(self.prior_LE()[self.columns[layer + 1] % self.layers])
+        for weight_PH1, x_BHE in zip(self.weights(), step_evidence(self, batch, layer), strict=True):
+            logits_BHE = logits_BHE + x_BHE * weight_PH1[layer + 1]
+        return logits_BHE
 
     def report(self) -> dict[str, Any]:
         """Order, size of the pair table, and the weights found per kind of target (within, wrapped,

@@ -297,6 +297,28 @@ def test_held_out_batches_fit_the_weights_and_are_counted_after() -> None:
 
 
 @pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_step_that_looks_past_the_next_token(phase: str, K: int) -> None:
+    predictor, new = (
+        made(phase, K=K, lookahead=5, cells=2 * 9 * 5 * EXPERTS),
+        make_batch(phase, K=K, hidden=False),
+    )
+    for batch in batches_of(phase, K):
+        predictor.count(batch)
+    last = new.valid_BT.sum(1) - 1
+    for layer in range(-1, LAYERS):
+        there = predictor.kinds[layer + 1] != INVALID
+        whole = predictor(new)[torch.arange(3), last, layer + 1]
+        torch.testing.assert_close(
+            predictor.step_logits(new, layer)[:, there], whole[:, there], rtol=1e-4, atol=1e-5
+        )
+    following = replace(new, experts_BTLK=new.experts_BTLK.clone())
+    for b, t in enumerate(last.tolist()):
+        following.experts_BTLK[b, t, 1:] = 0  # not known yet
+    torch.testing.assert_close(predictor.step_logits(following, 0), predictor.step_logits(new, 0))
+
+
+@pytest.mark.parametrize("K", [1, 2])
 def test_newton_finds_the_minimum(K: int) -> None:
     g = torch.Generator().manual_seed(K)
     N, pieces, E = 200, 3, EXPERTS
