@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -85,6 +86,17 @@ def test_a_grid_groups_seeds_and_outlives_a_failed_job(tiny_traces: dict[str, Pa
     assert all("width" in one["error"] for one in found["unfinished"])
     assert "model=router_lookahead" in output
     assert {run["steps"] for run in found["runs"]} == {1}
+    assert "mlp" in output.splitlines()[-4]
+    from rich.console import Console
+
+    from specgate.report.sweep import main, report
+
+    narrow = Console(width=80, record=True, quiet=False, file=io.StringIO())
+    report(folder, narrow)
+    text = narrow.export_text()
+    assert "mlp" in text
+    assert max(map(len, text.split("job 2")[0].splitlines())) <= 80
+    assert main([str(folder / "0" / "checkpoints")]) == 1  # no run in there
 
 
 def test_the_grid_holds_every_predictor_that_needs_no_files() -> None:
@@ -147,8 +159,8 @@ def run_job(sweep: Path, job: int, values: list[float]) -> tuple[MedianStopping,
     stopping = MedianStopping(str(sweep / str(job)), str(sweep), jobs=2)
     trainer = L.Trainer(
         max_epochs=len(values), limit_train_batches=2, limit_val_batches=1, callbacks=[stopping],
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
-        num_sanity_val_steps=0,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.fit(Falling(values))
     return stopping, trainer.global_step

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.measure import Measurement
 
 from specgate.errors import SpecgateError
 from specgate.report.runs import (
@@ -140,8 +141,10 @@ def report(folder: Path, console: Console) -> Path | None:
             [(name, _dots(groups)) for name, groups in parts], "recall@K on validation documents"
         )
         drawn.savefig(folder / "sweep.png", metadata={"Software": None})
-    for table in tables:
-        console.print(table.to_rich())
+    for table, (name, groups) in zip(tables, parts, strict=True):
+        whole = table.to_rich()
+        needed = Measurement.get(console, console.options.update_width(1000), whole).maximum
+        console.print(whole if needed <= console.width else narrow_table(name, groups).to_rich())
     for line in _lines(left):
         console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
     console.print(str(folder / "sweep.json"), markup=False, highlight=False, soft_wrap=True)
@@ -185,6 +188,23 @@ def sweep_table(name: str, groups: Sequence[Group]) -> Table:
         f"Ranked by recall@K on the validation split, targets within the token, mean of {averaged}; "
         "± is the standard deviation over seeds."
     ]
+    return table
+
+
+def narrow_table(name: str, groups: Sequence[Group]) -> Table:
+    """The same ranking for a terminal of 80 columns; ``sweep.md`` has every horizon."""
+    from specgate.report.tables import Table
+
+    common, full = common_horizons(groups), sweep_table(name, groups)
+    table = Table(
+        full.title, ["run", "seeds", "recall %", "test %", "ECE"], notes=full.notes, strong=full.strong
+    )
+    for group in groups:
+        tested = group.mean_score("test", WITHIN, common, "recall_at_k")
+        cells = [str(len(group.runs)), _text(group.recall, 100, 2), _text(tested, 100, 2)]
+        table.rows.append(
+            [group.label, *cells, _text(group.mean_score("validation", WITHIN, common, "ece"), 1, 4)]
+        )
     return table
 
 
