@@ -18,7 +18,7 @@ from specgate.predictors.router_lookahead import RouterLookahead
 from specgate.traces.batch import INVALID, RoutingBatch
 from tests.predictors.support import LAYERS, fitted, make_batch, make_routers, variants
 
-FAST = ("router_lookahead", "router_mean_expert", "mlp", "router_residual", "token_table")
+FAST = ("router_lookahead", "router_mean_expert", "mlp", "router_residual", "token_table", "markov2")
 
 
 def last_point(predictor: Predictor, batch: RoutingBatch, layer: int) -> Tensor:
