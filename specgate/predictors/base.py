@@ -17,7 +17,6 @@ Link: K = 1 -> softmax over experts; K > 1 -> independent sigmoids, logit 0 bein
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning as L
@@ -30,7 +29,15 @@ from torch.utils.checkpoint import checkpoint
 from specgate.errors import ConfigError, SpecgateError, TraceError
 from specgate.forecast import Forecast
 from specgate.predictors.schedule import WarmupCosine
-from specgate.traces.batch import INVALID, WITHIN, RoutingBatch, kind_PH, last_valid_B, targets
+from specgate.traces.batch import (
+    INVALID,
+    WITHIN,
+    RoutingBatch,
+    batch_chunks,
+    kind_PH,
+    last_valid_B,
+    targets,
+)
 
 if TYPE_CHECKING:
     from specgate.traces.datamodule import RoutingDataModule
@@ -158,7 +165,7 @@ class Predictor(L.LightningModule):
         """What a loader calls at run time: the logits of each sequence's last token from one layer,
         ``[B, H, E]``, equal to :meth:`forward`'s there.
 
-        Here they are picked out of the whole window's; override it where one point of one token costs less.
+        Picked out of the whole window's; override it where one point of one token costs less.
 
         Args:
             layer: the last MoE layer whose router input exists, -1 before the first.
@@ -168,14 +175,18 @@ class Predictor(L.LightningModule):
 
     def step_probabilities(self, batch: RoutingBatch, layer: int) -> Tensor:
         """Calibrated :meth:`step_logits`, ``[B, H, E]``; a calibrator may differ from point to point."""
-        logits_BPHE = self.step_logits(batch, layer)[:, None].expand(-1, self.layers + 1, -1, -1)
+        logits_B1HE = self.step_logits(batch, layer)[:, None]
+        if not getattr(self.calibrator, "by_point", False):
+            return self.calibrator(logits_B1HE, self.kinds[layer + 1 : layer + 2])[:, 0]
+        logits_BPHE = logits_B1HE.expand(-1, self.layers + 1, -1, -1)
         return self.calibrator(logits_BPHE, self.kinds)[:, layer + 1]
 
     def flops_per_token_layer(self, context: int) -> float | None:
-        """Floating-point operations (a multiply-add is two) of :meth:`forward` per token and layer of a
-        window of ``context`` tokens; None: as counted while it runs.
+        """Operations (a multiply-add is two) of :meth:`forward` per token and layer of a ``context``-token
+        window.
 
-        For predictors that compute densely what only needs a part of it (a few of their experts, say).
+        None: as counted while it runs. For predictors that compute more than they need (all of their
+            experts).
         """
         return None
 
@@ -385,15 +396,3 @@ class Predictor(L.LightningModule):
         schedule = WarmupCosine(float(steps), self.hparams["warmup"])
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-
-def batch_chunks(batch: RoutingBatch, sequences: int) -> list[RoutingBatch]:
-    """The batch in pieces of at most ``sequences`` sequences (views, nothing is copied)."""
-    B = batch.valid_BT.shape[0]
-    if sequences >= B:
-        return [batch]
-    names = [f.name for f in fields(batch) if isinstance(getattr(batch, f.name), Tensor)]
-    return [
-        replace(batch, **{name: getattr(batch, name)[i : i + sequences] for name in names})
-        for i in range(0, B, sequences)
-    ]

@@ -28,13 +28,10 @@ class Step(nn.Module):
             beyond what the phase allows mean nothing).
     """
 
-    kinds_1H: Tensor
-
     def __init__(self, predictor: Predictor, layer: int) -> None:
         super().__init__()
         predictor._check_layer("layer", layer, lowest=-1)
         self.predictor, self.layer, self.phase = predictor, layer, predictor.phase
-        self.register_buffer("kinds_1H", predictor.kinds[layer + 1 : layer + 2].clone())
 
     def forward(
         self,
@@ -60,8 +57,7 @@ class Step(nn.Module):
             dropped_BTL,
             self.phase,
         )
-        logits_B1HE = self.predictor.step_logits(batch, self.layer)[:, None]
-        return self.predictor.calibrator(logits_B1HE, self.kinds_1H)[:, 0]
+        return self.predictor.step_probabilities(batch, self.layer)
 
 
 def step_inputs(batch: RoutingBatch) -> tuple[Tensor | None, ...]:

@@ -91,6 +91,18 @@ class RoutingBatch:
         return replace(self, **tensors)
 
 
+def batch_chunks(batch: RoutingBatch, sequences: int) -> list[RoutingBatch]:
+    """The batch in pieces of at most ``sequences`` sequences (views, nothing is copied)."""
+    B = batch.valid_BT.shape[0]
+    if sequences >= B:
+        return [batch]
+    names = [f.name for f in fields(batch) if isinstance(getattr(batch, f.name), Tensor)]
+    return [
+        replace(batch, **{name: getattr(batch, name)[i : i + sequences] for name in names})
+        for i in range(0, B, sequences)
+    ]
+
+
 def last_valid_B(valid_BT: Tensor) -> Tensor:
     """Index of each sequence's last real token: ``[B]`` int64 (-1 where there is none)."""
     count_T = torch.arange(1, valid_BT.shape[1] + 1, device=valid_BT.device)

@@ -7,6 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from specgate.calibration.base import Calibrator
+from specgate.calibration.isotonic import IsotonicCalibration
+from specgate.calibration.temperature import TemperatureScaling
+from specgate.calibration.vector import VectorScaling
 from specgate.errors import SpecgateError
 from specgate.predictors.base import Predictor
 from specgate.predictors.export import Step, export_step, step_inputs
@@ -91,3 +95,19 @@ def test_one_cuda_graph(name: str) -> None:
         replay, found = as_cuda_graph(lambda: step(*inputs))
         replay()
         torch.testing.assert_close(found, step(*inputs))
+
+
+@pytest.mark.parametrize("calibrator", [TemperatureScaling, VectorScaling, IsotonicCalibration])
+def test_the_calibrator_is_part_of_the_program(calibrator: type[Calibrator]) -> None:
+    predictor, batch = fitted("router_lookahead", "decode"), make_batch("decode")
+    predictor.calibrator = calibrator(3, "sigmoid", LAYERS + 1, predictor.experts)
+    g = torch.Generator().manual_seed(0)
+    for name, value in predictor.calibrator.named_buffers():
+        if value.is_floating_point():
+            noise = torch.rand(value.shape, generator=g)
+            value.copy_(noise.cumsum(-1) - 3 if name.endswith("QHI") else noise)
+    found_BHE = export_step(predictor, 1, batch).module()(*step_inputs(batch))
+    with torch.no_grad():
+        p_BTPHE = predictor.probabilities(batch)
+    for b, tokens in enumerate(batch.valid_BT.sum(1)):
+        torch.testing.assert_close(found_BHE[b], p_BTPHE[b, int(tokens) - 1, 2], rtol=1e-4, atol=1e-6)
