@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import lzma
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from specgate.errors import TextError
@@ -106,13 +106,22 @@ def text_files(sources: str | Path | Iterable[str | Path]) -> list[Path]:
     return files
 
 
-def load_documents(sources: str | Path | Iterable[str | Path]) -> list[TextDocument]:
+def load_documents(
+    sources: str | Path | Iterable[str | Path], split: str | None = None
+) -> list[TextDocument]:
     """Every document of the named files and directories.
+
+    Args:
+        split: put all of them into this split; None decides by each document's text.
 
     Raises:
         TextError: if a source is missing, unreadable, or no document has any text.
     """
+    if split not in (None, *SPLITS):
+        raise TextError(f"split={split!r} is unknown; choose one of {', '.join(SPLITS)}.")
     documents = [document for path in text_files(sources) for document in documents_of(path)]
+    if split is not None:
+        documents = [replace(document, split=split) for document in documents]
     if not documents:
         raise TextError(f"The text in {sources} is empty; give at least one document.")
     return documents
