@@ -22,7 +22,7 @@ from specgate.errors import ConfigError
 from specgate.predictors.layers import PointLinear
 
 GROUP = 32
-SMALLEST = 512
+SMALLEST = 2048
 """Parameters with fewer values stay as they are."""
 KEPT = {"calibrator", "conformal"}
 """Modules that are fitted after packing, and few."""
@@ -130,14 +130,15 @@ class Packed(nn.Module):
 def quantisable(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
     """Every weight worth packing: (its module, its name there, the weight, the axis of its inputs).
 
-    All parameters of two and more axes and of at least :data:`SMALLEST` values. The inputs are the last
-    axis, but the one before it in a ``PointLinear``.
+    All parameters of two and more axes and of at least :data:`SMALLEST` values, but biases. The inputs are
+    the last axis, but the one before it in a ``PointLinear``.
     """
     for place, part in module.named_modules():
         if not KEPT.isdisjoint(place.split(".")):
             continue
         for name, parameter in part.named_parameters(recurse=False):
-            if parameter.dim() > 1 and parameter.numel() >= SMALLEST and parameter.is_floating_point():
+            large = parameter.dim() > 1 and parameter.numel() >= SMALLEST and parameter.is_floating_point()
+            if large and not name.startswith("bias"):
                 yield (
                     part,
                     name,

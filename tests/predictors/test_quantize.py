@@ -71,7 +71,7 @@ def test_nibbles_round_trip() -> None:
 def test_gradients_are_those_of_torchao_fake_quantisation(bits: int) -> None:
     """Rounding weights around forward and backward is torchao's fake quantisation with its gradient."""
     torch.manual_seed(0)
-    layer, x, group = nn.Linear(64, 24), torch.randn(5, 64), 64 if bits == 8 else 32
+    layer, x, group = nn.Linear(64, 48), torch.randn(5, 64), 64 if bits == 8 else 32
     aware = QuantizationAwareTraining(bits)
     exact = layer.weight.detach().clone()
     aware.round(layer)
@@ -98,10 +98,10 @@ def test_gradients_are_those_of_torchao_fake_quantisation(bits: int) -> None:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_modules_read_as_rounded_ones(bits: int) -> None:
     torch.manual_seed(0)
-    points, table, linear = PointLinear(3, 50, 20), nn.Embedding(40, 36), nn.Linear(48, 16)
+    points, table, linear = PointLinear(3, 50, 20), nn.Embedding(80, 36), nn.Linear(96, 32)
     whole = nn.ModuleList([points, table, linear])
     rounded = QuantizationAwareTraining(bits)
-    x, ids, y = torch.randn(3, 7, 50), torch.randint(0, 40, (2, 5)), torch.randn(4, 48)
+    x, ids, y = torch.randn(3, 7, 50), torch.randint(0, 80, (2, 5)), torch.randn(4, 96)
     rounded.round(whole)
     expected = [points(x).detach(), table(ids).detach(), linear(y).detach(), points.at(x[1], 1).detach()]
     rounded.restore()
@@ -112,6 +112,7 @@ def test_packed_modules_read_as_rounded_ones(bits: int) -> None:
     assert not any(p.requires_grad for n, p in whole.named_parameters() if "original" in n)
     kinds = {value.dtype for name, value in whole.state_dict().items() if name.endswith("original0")}
     assert kinds == {torch.uint8 if bits == 4 else torch.int8}
+    assert points.bias_P1.dtype == torch.float32, "biases and small weights stay"
 
 
 @pytest.mark.parametrize("bits", [8, 4])
