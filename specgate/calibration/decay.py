@@ -154,7 +154,7 @@ def _describe(name: str, law: Mapping[str, Any], h: Float, y: Float) -> dict[str
         "start": round(law["start"], 6),
         "rate": round(rate, 8),
         "half_life": None if half_life is None else round(half_life, 4),
-        "r2": round(1 - law["sse"] / spread, 6) if spread > 0 else None,
+        "r2": round(1 - law["sse"] / spread, 6) if spread > 1e-12 else None,
         "rmse": round(math.sqrt(law["sse"] / len(h)), 8),
     }
     if name == "exponential":

@@ -6,6 +6,7 @@ C calibration bins.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -21,6 +22,8 @@ class DetailedCalibration(CalibrationMetrics):
 
     A row of :meth:`compute` has, besides the parent's, ``brier``, ``recall_at_k``, ``mean_accuracy`` (the
     same), ``ece_classwise`` and ``per_domain`` (the scores and ``ece`` by the domain's name).
+
+    Every ``ece`` comes with ``ece_noise``, see :func:`noise_error`.
 
     ``ece_classwise`` (Kull et al., arXiv:1910.12656): the calibration error of every expert of every target
     layer by itself, averaged. Errors that cancel between experts count here; so does the noise of few cells
@@ -58,6 +61,9 @@ class DetailedCalibration(CalibrationMetrics):
         sums_N3[:, 2].index_add_(0, used, ones[: len(used)])
         self.class_PHEC3 += sums_N3.view_as(self.class_PHEC3)
 
+    def _means(self, sums_J: Tensor, bins_C3: Tensor) -> dict[str, Any]:
+        return super()._means(sums_J, bins_C3) | {"ece_noise": round(float(noise_error(bins_C3)), 6)}
+
     def _row(self, kind: str, horizon: int, points: list[int]) -> dict[str, Any]:
         row = super()._row(kind, horizon, points)
         of_expert = calibration_error(self.class_PHEC3[points, horizon - 1])
@@ -73,3 +79,16 @@ class DetailedCalibration(CalibrationMetrics):
             "ece_classwise": round(float(of_expert.nanmean()), 6),
             "per_domain": domains,
         }
+
+
+def noise_error(bins_C3: Tensor) -> Tensor:
+    """The calibration error to expect of perfectly honest probabilities on so few cells, if these were
+    independent: sum over bins of sqrt(2 / pi) x the standard deviation of the uses, over all cells.
+
+    Shapes:
+        bins_C3: ``[..., C, 3]`` from ``calibration_bins``; any leading dimensions are kept.
+    """
+    cells, mass, _ = bins_C3.unbind(-1)
+    mean = mass / cells.clamp(min=1)
+    spread = (cells * mean * (1 - mean)).clamp(min=0).sqrt()
+    return math.sqrt(2 / math.pi) * spread.sum(-1) / cells.sum(-1)

@@ -274,6 +274,7 @@ class Examination:
                     "n": row["per_domain"][domain]["n"],
                     "recall_at_k": row["per_domain"][domain]["recall_at_k"],
                     "ece": row["per_domain"][domain]["ece"],
+                    "ece_noise": row["per_domain"][domain]["ece_noise"],
                     "ratio": _ratio(
                         row["per_domain"][domain]["ece"], usual[row["kind"], row["horizon"]]["ece"]
                     ),
@@ -285,10 +286,12 @@ class Examination:
             there = float(
                 np.average([usual[row["kind"], row["horizon"]]["ece"] for row in errors], weights=weights)
             )
+            noise = float(np.average([row["ece_noise"] for row in errors], weights=weights))
             found.append(
                 {
                     "domain": domain,
                     "ece": round(here, 6),
+                    "ece_noise": round(noise, 6),
                     "ratio": _ratio(here, there),
                     "errors": errors,
                     "monitor": watch(baseline, stream.select(domain_N == g)).report(),

@@ -163,7 +163,17 @@ def drift_table(drift: Row, shifted: Sequence[Row]) -> Table:
     alarms = drift["false_alarms"]
     table = Table(
         f"{trace_title(drift)}: {drift['predictor']} per domain, and what the drift monitor says",
-        ["text", "domain", "ECE", "of in-domain", "recall@K N+1 %", "drift", "after tokens", "statistic"],
+        [
+            "text",
+            "domain",
+            "ECE",
+            "of noise",
+            "of in-domain",
+            "recall@K N+1 %",
+            "drift",
+            "after tokens",
+            "statistic",
+        ],
         left=2,
     )
     for text, domains in [("in domain", drift["in_domain"]), *[(s["shift"], s["domains"]) for s in shifted]]:
@@ -175,7 +185,8 @@ def drift_table(drift: Row, shifted: Sequence[Row]) -> Table:
                     "" if i else text,
                     found["domain"],
                     number(found["ece"], 4),
-                    f"{found['ratio']:.1f} ×",
+                    number(found["ece_noise"], 4),
+                    "–" if found["ratio"] is None else f"{found['ratio']:.1f} ×",
                     percent(found["errors"][0]["recall_at_k"]),
                     "DRIFT" if report["drifted"] else "–",
                     f"{report['alarm_at']:,}" if report["drifted"] else f"none in {report['tokens']:,}",
@@ -190,7 +201,7 @@ def drift_table(drift: Row, shifted: Sequence[Row]) -> Table:
         f"{settings['alarm_rate']:.0%} of streams of {settings['stream']:,} in-domain tokens (from "
         f"{drift['documents']} validation documents); on the scored documents {alarms['rate']:.1%} of "
         f"{alarms['streams']} such streams raised one. In-domain rows are streams of one domain alone, which "
-        "it was not made to pass."
+        "it was not made to pass. Of noise: the error that honest probabilities would show on so few events."
     ]
     return table
 
@@ -212,7 +223,7 @@ def verdict(record: Mapping[str, Any]) -> list[str]:
             "tokens raise a drift alarm."
         )
         for shift in select(record["shift"], **own):
-            tripled = [found for found in shift["domains"] if found["ratio"] >= 3]
+            tripled = [found for found in shift["domains"] if (found["ratio"] or 0) >= 3]
             flagged = [found for found in tripled if found["monitor"]["drifted"]]
             line += (
                 f" On {shift['shift']} the error at least triples in {len(tripled)} of "

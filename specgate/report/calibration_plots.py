@@ -83,7 +83,7 @@ def error_by_domain(drift: Row, shifted: Sequence[Row], usual: float) -> Figure:
     top = max(found["ece"] for found, _ in bars)
     for i, (found, color) in enumerate(bars):
         panel.bar(i, found["ece"], color=color, width=0.75)
-        text = f"{found['ratio']:.1f}×" + ("\nDRIFT" if found["monitor"]["drifted"] else "")
+        text = f"{found['ratio'] or 0:.1f}×" + ("\nDRIFT" if found["monitor"]["drifted"] else "")
         panel.text(i, found["ece"] + 0.012 * top, text, ha="center", va="bottom", fontsize=7)
     panel.axhline(usual, color="#332288", linewidth=1.2)
     panel.axhline(TRIPLE * usual, color="#332288", linewidth=1.2, linestyle="--")

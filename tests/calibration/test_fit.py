@@ -59,6 +59,8 @@ def test_decay_orders_horizons_and_reports_overconfidence() -> None:
             "mean_confidence": confidence,
             "mean_confidence_uncalibrated": 0.99,
             "mean_accuracy": accuracy,
+            "top_k": 2,
+            "experts": 8,
         }
 
     rows = [row("a", 2, 0.7, 0.75), row("a", 1, 0.9, 0.8), row("b", 1, 0.5, 0.5)]

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from specgate.calibration.fit import TemperatureFitter
+from specgate.calibration.conformal import ConformalSets
+from specgate.calibration.fit import CalibratorFitter
 from specgate.calibration.load import check_compatible, find_checkpoint, load_predictor
+from specgate.calibration.registry import CALIBRATORS
 from specgate.errors import CheckpointError
 from specgate.predictors.base import Predictor
 from specgate.traces.batch import StackSpec
@@ -37,14 +39,21 @@ class Malicious:
 
 
 @pytest.mark.parametrize("name", ["markov", "mlp", "router_residual"])
-@pytest.mark.parametrize("calibrated", [True, False])
-def test_what_was_saved_comes_back(tmp_path: Path, name: str, calibrated: bool) -> None:
+@pytest.mark.parametrize("calibrator", [None, *CALIBRATORS])
+def test_what_was_saved_comes_back(tmp_path: Path, name: str, calibrator: str | None) -> None:
     predictor = fitted(name)
     batch = make_batch("decode", B=6, T=12)
-    if calibrated:
-        TemperatureFitter(cells=2000)(predictor, [batch])
+    if calibrator is not None:
+        CalibratorFitter(calibrator, cells=2000, conformal=True)(predictor, [batch])
     again = load_predictor(save(predictor, tmp_path / "x.ckpt"))
     assert type(again) is type(predictor)
+    assert type(again.calibrator) is type(predictor.calibrator)
+    if calibrator is not None:
+        p = again.probabilities(batch)
+        mine, theirs = predictor.get_submodule("conformal"), again.get_submodule("conformal")
+        assert isinstance(mine, ConformalSets)
+        assert isinstance(theirs, ConformalSets)
+        assert torch.equal(theirs.sets(p, again.kinds, 0.8), mine.sets(p, predictor.kinds, 0.8))
     assert not again.training
     torch.testing.assert_close(again.probabilities(batch), predictor.eval().probabilities(batch))
 
@@ -64,6 +73,14 @@ def test_poisoned_checkpoint_is_refused_and_nothing_runs(tmp_path: Path) -> None
     assert not trap.exists()
     torch.load(file, weights_only=False)  # the trap does work: a careless loader would have stepped into it
     assert trap.exists()
+
+
+def test_a_calibrator_of_another_version_is_refused(tmp_path: Path) -> None:
+    predictor, file = fitted("popularity"), tmp_path / "x.ckpt"
+    state = predictor.state_dict() | {"calibrator.spline_QHN": torch.zeros(3)}
+    torch.save({"state_dict": state, "hyper_parameters": dict(predictor.hparams)}, file)
+    with pytest.raises(CheckpointError, match=r"unknown calibrator \(buffers spline_QHN\)"):
+        load_predictor(file)
 
 
 def test_raw_pickle_is_refused_and_nothing_runs(tmp_path: Path) -> None:
