@@ -15,10 +15,13 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from specgate.errors import ConfigError
 from specgate.pruning import MedianStopping, median_verdict, running_average
-from tests.test_configs import CONF
+from specgate.report.runs import group_runs, read_runs
+from specgate.report.sweep import main, report, sweep_table
+from tests.test_configs import CONF, composed
 
 ROOT = Path(__file__).parent.parent
 QUICK = [
@@ -86,11 +89,7 @@ def test_a_grid_groups_seeds_and_outlives_a_failed_job(tiny_traces: dict[str, Pa
     assert all("width" in one["error"] for one in found["unfinished"])
     assert "model=router_lookahead" in output
     assert {run["steps"] for run in found["runs"]} == {1}
-    assert "mlp" in output.splitlines()[-4]
-    from rich.console import Console
-
-    from specgate.report.sweep import main, report
-
+    assert "│ mlp" in output
     narrow = Console(width=80, record=True, quiet=False, file=io.StringIO())
     report(folder, narrow)
     text = narrow.export_text()
@@ -176,3 +175,25 @@ def test_a_hopeless_run_is_stopped_and_a_good_one_goes_on(tmp_path: Path) -> Non
     assert bad.pruned == {"step": 4, "best": 0.2, "median": 0.235, "jobs": 3}
     assert json.loads((tmp_path / "3" / "curve.json").read_text())["state"] == "pruned"
     assert len(bad.completed()) == 3  # a stopped run is no yardstick
+
+
+def test_a_stopped_run_is_still_a_whole_run(tiny_traces: dict[str, Path], tmp_path: Path) -> None:
+    """train.py's own function among three completed jobs that were better from the first step on."""
+    import train as entry
+
+    for job in range(3):
+        (tmp_path / str(job)).mkdir()
+        curve = {"state": "completed", "monitor": "val/recall", "curve": [[1, 0.99]]}
+        (tmp_path / str(job) / "curve.json").write_text(json.dumps(curve))
+    overrides = ["sweep=optuna", "model=mlp", "model.width=8", "trainer.max_epochs=5", "data.num_workers=0"]
+    overrides += [f"hydra.sweep.dir={tmp_path}", f"data.traces={tiny_traces['olmoe']}"]
+    quick = [word for word in QUICK if "max_epochs" not in word]
+    cfg = composed(CONF, "train", [*quick, *overrides], tmp_path / "3")
+    value = entry.train(cfg, Console(quiet=True))
+    metrics = json.loads((tmp_path / "3" / "metrics.json").read_text())
+    assert metrics["pruned"]["median"] == 0.99
+    assert metrics["pruned"]["jobs"] == 3
+    assert metrics["steps"] == metrics["pruned"]["step"] == 1  # of five epochs of one step
+    within = [row["recall_at_k"] for row in metrics["rows"] if row["kind"] == "within"]
+    assert value == pytest.approx(sum(within) / len(within))
+    assert "mlp (1 stopped early)" in sweep_table("t", group_runs(read_runs([tmp_path]))).rows[0]
