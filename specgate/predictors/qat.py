@@ -8,6 +8,7 @@ the predictor changes, so any predictor, optimizer, average of weights and check
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning as L
@@ -25,7 +26,7 @@ class QuantizationAwareTraining(L.Callback):
 
     Args:
         bits: 8 or 4.
-        start: share of the run after which training rounds; before, it is exact.
+        start: share of the run's steps after which training rounds; before, it is exact.
         group: inputs per scale of int4.
 
     Raises:
@@ -39,6 +40,7 @@ class QuantizationAwareTraining(L.Callback):
             raise ConfigError(f"start={start} is no share of a run: choose 0 to 1")
         self.bits, self.start, self.group = bits, start, group
         self._exact: list[tuple[Tensor, Tensor]] = []
+        self._first = 0.0
 
     @torch.no_grad()
     def round(self, module: nn.Module) -> None:
@@ -63,14 +65,14 @@ class QuantizationAwareTraining(L.Callback):
 
     # ------------------------------------------------------------------ Lightning
 
-    def due(self, trainer: L.Trainer) -> bool:
-        """Whether training has come to the part that rounds."""
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Know when to begin; at once, if the run's length is unknown (a time budget)."""
         steps = float(trainer.estimated_stepping_batches)
-        return trainer.global_step >= self.start * steps
+        self._first = self.start * steps if math.isfinite(steps) else 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """Round, from ``start`` on."""
-        if self.due(trainer):
+        if trainer.global_step >= self._first:
             self.round(pl_module)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -182,6 +182,17 @@ def test_training_rounds_from_its_start_on_and_steps_exactly(tmp_path: Path) -> 
     assert all(not torch.equal(a, b) for a, b in zip(seen[1::2], seen[3::2], strict=False)), "weights move"
 
 
+def test_a_run_of_unknown_length_rounds_from_the_start(tmp_path: Path) -> None:
+    aware, predictor = QuantizationAwareTraining(4, start=0.9), fitted("mlp", width=64)
+    before = predictor.head.first.weight.detach().clone()  # type: ignore[union-attr]
+    budget = trainer(tmp_path, max_epochs=-1, max_time="00:00:00:01", callbacks=[aware])
+    budget.fit_loop.setup_data = lambda: None
+    budget.fit_loop.max_batches = float("inf")
+    aware.on_train_start(budget, predictor)
+    aware.on_train_batch_start(budget, predictor)
+    assert not torch.equal(predictor.head.first.weight, before)  # type: ignore[union-attr]
+
+
 def test_packing_after_training_changes_nothing_that_was_validated(tmp_path: Path) -> None:
     aware, batch = QuantizationAwareTraining(4, start=0.0), make_batch(seed=9)
     predictor = run(tmp_path, aware, 3, []).eval()
