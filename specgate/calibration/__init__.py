@@ -1,3 +1,3 @@
-"""Honest probabilities: temperature scaling, confidence decay over horizons, loading a calibrated
-checkpoint.
+"""Honest probabilities: calibrators, confidence decay over horizons, conformal prefetch sets, a drift monitor,
+loading a calibrated checkpoint.
 """
