@@ -36,13 +36,20 @@ class CachedDataset(Dataset[RoutingBatch]):
 
     def __init__(self, source: WindowDataset, device: str) -> None:
         self.phase, self.size = source.phase, len(source)
+        key = (device, source.key())
+        self.held: dict[str, Tensor] = _HELD.get(key, {})
+        if self.held:  # the next job of a sweep, in the same process
+            self.device = torch.device(device)
+            return
         span = int((source.table.before + source.table.length + source.table.after).max())
         try:
             self.device = torch.device(device)
-            self.held: dict[str, Tensor] = {}
             for start in range(0, self.size, _CHUNK):
                 part = source.__getitems__(list(range(start, min(start + _CHUNK, self.size))))
                 self._keep(part, start, span)
+            while len(_HELD) >= _KEPT:
+                del _HELD[next(iter(_HELD))]
+            _HELD[key] = self.held
         except (RuntimeError, AssertionError) as err:  # torch's own: no such device, or out of memory
             raise TraceError(
                 f"data.cache={device} cannot hold {self.size} windows ({str(err).splitlines()[0]}); set"
@@ -79,4 +86,7 @@ class CachedDataset(Dataset[RoutingBatch]):
         return RoutingBatch(**rows, phase=self.phase)
 
 
+_KEPT = 3
+"""Splits that stay in memory: train, validation and test of the data set used last."""
+_HELD: dict[Any, dict[str, Tensor]] = {}
 _NARROW = {"experts_BTLK": torch.int16, "weights_BTLK": torch.float16, "hidden_BTLD": torch.float16}

@@ -10,6 +10,7 @@ right neighbour are valid but not scored, so that every token of a split is scor
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,15 @@ class WindowDataset(Dataset[RoutingBatch]):
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def key(self) -> str:
+        """Equal for equal windows of the same shards, a hash."""
+        digest = hashlib.sha256(f"{self.stack} {self.phase} {self.hidden} {self.dropped}".encode())
+        for reader in self.readers:
+            digest.update("".join(shard.sha256 for shard in reader.header.shards).encode())
+        for column in vars(self.table).values():
+            digest.update(np.ascontiguousarray(column).tobytes())
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> RoutingBatch:
         return self.__getitems__([index])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specgate.errors import TraceError
 from specgate.traces.batch import RoutingBatch
+from specgate.traces.cached import CachedDataset
 from specgate.traces.datamodule import RoutingDataModule
 from specgate.traces.schema import Document
 from tests.traces.helpers import header_for, stack_info, write_trace
@@ -56,3 +57,17 @@ def test_a_device_that_is_not_there_is_refused(trace: Path) -> None:
     data = RoutingDataModule(trace, "encoder", cache="cuda:99")
     with pytest.raises(TraceError, match=r"data.cache=cuda:99 cannot hold .* data.cache=null"):
         data.val_dataloader()
+
+
+def test_a_second_data_module_shares_what_is_held_and_another_one_does_not(trace: Path) -> None:
+    def held(stack: str, window: int) -> dict[str, Tensor]:
+        dataset = RoutingDataModule(trace, stack, cache="cpu", window=window).train_dataloader().dataset
+        assert isinstance(dataset, CachedDataset)
+        return dataset.held
+
+    first = held("decoder", 2)
+    assert held("decoder", 2) is first
+    assert held("decoder", 1) is not first
+    assert held("decoder", 2) is first
+    held("encoder", 2), held("encoder", 1)
+    assert held("decoder", 2) is not first  # three splits stay, no more
