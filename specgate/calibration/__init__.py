@@ -1,3 +1,3 @@
-"""Honest probabilities: calibrators, confidence decay over horizons, conformal prefetch sets, a drift monitor,
-loading a calibrated checkpoint.
+"""Honest probabilities: calibrators, confidence decay over horizons, conformal prefetch sets, a monitor of
+drift, loading a calibrated checkpoint.
 """
