@@ -234,9 +234,13 @@ def _differing(group: Group, groups: Sequence[Group]) -> list[str]:
     words, mine = [], group.runs[0]["settings"]
     for key, value in mine.items():
         rivals = [g for g in groups if g.predictor == group.predictor or not key.startswith("model.")]
-        if any(rival.runs[0]["settings"].get(key, value) != value for rival in rivals):
-            shown = f"{value:.4g}" if isinstance(value, float) else value
-            words.append(f"{key.removeprefix('model.')}={shown}")
+        if any(rival.runs[0]["settings"].get(key) != value for rival in rivals):
+            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
+            name = key.removeprefix("model.").removeprefix("callbacks.")
+            if name.endswith("_target_"):  # a class stands for its section
+                name, shown = name.removesuffix("._target_"), shown.rpartition(".")[2]
+            if name != "_target_":  # the predictor's own, which the label begins with
+                words.append(f"{name}={shown}")
     return words
 
 

@@ -139,7 +139,8 @@ class Zoo:
 
     Attributes:
         groups: worst first within free, learned, reference, oracle.
-        split: ``test`` if it was scored, else ``validation``.
+        split: ``test`` if any run was scored on it, else ``validation``.
+        left_out: folders of runs that were not scored on it.
         horizons: of targets within the token.
     """
 
@@ -147,7 +148,9 @@ class Zoo:
         self.record, runs = record, list(record["runs"])
         known = {run["predictor"] for run in runs}
         runs += [run for run in record["others"] if run["predictor"] not in known]
-        self.split = "test" if any("test" in run["scores"] for run in runs) else "validation"
+        tested = any("test" in run["scores"] for run in record["runs"])
+        self.split = "test" if tested else "validation"
+        self.left_out = [run["source"] for run in runs if self.split not in run["scores"]]
         runs = [run for run in runs if self.split in run["scores"]]
         groups = group_runs(runs)
         self.horizons = [h for h in all_horizons(groups) if h <= 3]
@@ -263,7 +266,7 @@ def zoo_table(zoo: Zoo) -> Table:
 
 
 def _notes(zoo: Zoo) -> list[str]:
-    start = zoo.baseline()
+    start = zoo.baseline() if any(zoo.gap_closed(group) for group in zoo.groups) else None
     notes = [
         "recall@K of targets within the token; ± is the standard deviation over seeds; bold is the best of "
         "free and learned predictors. ECE and NLL: mean over the same horizons."
@@ -277,6 +280,8 @@ def _notes(zoo: Zoo) -> list[str]:
         notes.append("reference: runs layers of the host itself, an upper reference and no prefetcher.")
     places = dict.fromkeys(row["hardware"] for row in zoo.record["cost"])
     notes += [f"µs: one call at run time for 1 or 64 sequences, {place}." for place in places]
+    if zoo.left_out:
+        notes.append(f"Left out for want of {zoo.split} scores: {', '.join(sorted(set(zoo.left_out)))}.")
     if unequal := zoo.unequal():
         notes.append(f"Scored on another number of targets: {'; '.join(unequal)}.")
     return notes
@@ -304,7 +309,8 @@ def kinds_table(zoo: Zoo) -> Table | None:
 def section(name: str, record: Mapping[str, Any]) -> list[str]:
     """The Markdown of one trace."""
     zoo, runs = Zoo(record), record["runs"]
-    commits = sorted({run["git"]["commit"][:12] for run in runs if run["git"]})
+    states = [run["git"] for run in runs if run["git"]]
+    commits = sorted({git["commit"][:12] + " with changes" * git["dirty"] for git in states})
     places = list(dict.fromkeys(describe_hardware(run["hardware"]) for run in runs))
     hours = sum(run["wall_seconds"] for run in runs) / 3600
     lines = [

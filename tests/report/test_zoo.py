@@ -180,6 +180,31 @@ def test_runs_that_differ_in_more_than_the_seed_are_told_apart(tmp_path: Path) -
     assert flat == {"data.traces": "alpha", "lookahead": 3}
 
 
+def test_a_setting_that_only_some_runs_have_is_named(tmp_path: Path) -> None:
+    for job, callbacks in enumerate(({}, {"quantize": {"_target_": "specgate.x.Quantize", "bits": 4}})):
+        run = train_run("mlp", 0, callbacks=callbacks)
+        write_json(tmp_path / str(job) / "metrics.json", run)
+    labels = {group.label for group in group_runs(read_runs([tmp_path]))}
+    assert labels == {"mlp", "mlp quantize=Quantize quantize.bits=4"}
+    (path,) = store(tmp_path / "out", [tmp_path])
+    from specgate.report.record import read_record
+
+    assert {group.label for group in Zoo(read_record(path)).groups} == labels
+
+
+def test_runs_without_test_scores_are_said(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    zoo = zoo_of(inputs, tmp_path)
+    zoo.record["runs"][0]["scores"].pop("test")
+    again = Zoo(zoo.record)
+    assert again.left_out == ["sweep/0"]
+    assert any("for want of test scores: sweep/0." in note for note in zoo_table(again).notes)
+    for run in zoo.record["runs"]:
+        run["scores"].pop("test", None)
+    validated = Zoo(zoo.record)
+    assert validated.split == "validation"
+    assert "validation documents" in zoo_table(validated).title
+
+
 def test_another_number_of_targets_is_said(inputs: tuple[Path, Path, Path], tmp_path: Path) -> None:
     zoo = zoo_of(inputs, tmp_path)
     for kinds in zoo.groups[2].runs[0]["scores"].values():
