@@ -197,3 +197,14 @@ def test_a_stopped_run_is_still_a_whole_run(tiny_traces: dict[str, Path], tmp_pa
     within = [row["recall_at_k"] for row in metrics["rows"] if row["kind"] == "within"]
     assert value == pytest.approx(sum(within) / len(within))
     assert "mlp (1 stopped early)" in sweep_table("t", group_runs(read_runs([tmp_path]))).rows[0]
+
+
+def test_an_interrupted_job_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "0" / ".hydra").mkdir(parents=True)
+    (tmp_path / "0" / ".hydra" / "overrides.yaml").write_text("- model=mlp\n- seed=3\n")
+    console = Console(width=80, record=True, file=io.StringIO())
+    assert report(tmp_path, console) == tmp_path / "sweep.json"
+    assert "job 0 interrupted: model=mlp seed=3" in console.export_text()
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert [one["status"] for one in found["unfinished"]] == ["interrupted"]
+    assert "1 of 1 jobs did not finish" in (tmp_path / "sweep.md").read_text()
