@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +187,24 @@ def test_train_py_makes_an_ensemble_of_runs(tiny_traces: dict[str, Path], tmp_pa
     for kind, weights in again.report()["weights"].items():
         if kind in saved:
             assert weights[1] == pytest.approx(list(saved[kind].values()), abs=1e-5)
+
+
+def test_a_multirun_of_seeds_is_an_ensemble(tiny_traces: dict[str, Path], tmp_path: Path) -> None:
+    """The commands of docs/predictors.md: members by one multirun, together by its directory."""
+    trace, sweep = tiny_traces["olmoe"], tmp_path / "members"
+    fixed = [f"data.traces={trace}", *QUICK, "test=false", "model.width=16"]
+    command = [sys.executable, str(CONF.parent / "train.py"), "-m", "model=mlp", "seed=0,1"]
+    done = subprocess.run(
+        [*command, *fixed, f"hydra.sweep.dir={sweep}"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = train(tmp_path / "run", trace, "model=ensemble", f"model.checkpoints=[{sweep}]", "test=false")
+    assert found["predictor_report"]["members"] == ["mlp (0)", "mlp (1)"]
+    ensemble = load_predictor(tmp_path / "run")
+    batch = next(iter(RoutingDataModule(trace, window=32).val_dataloader()))
+    assert isinstance(ensemble, Ensemble)
+    assert float(ensemble.uncertainty(batch)["epistemic"].max()) > 0, "seeds differ"
 
 
 def test_members_of_another_stack_are_refused(tiny_traces: dict[str, Path], tmp_path: Path) -> None:
