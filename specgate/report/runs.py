@@ -23,7 +23,7 @@ WITHIN = "within"
 #: Configuration that does not make a run another experiment: where it writes, who watches it, its seed.
 _BESIDE = ("paths", "hydra", "logger", "seed", "threads", "ckpt_path", "test")
 _BESIDE_KEYS = (
-    "data.num_workers", "data.verify", "data.pin_memory", "trainer.default_root_dir",
+    "data.num_workers", "data.verify", "data.pin_memory", "data.cache", "trainer.default_root_dir",
     "trainer.enable_progress_bar", "trainer.enable_model_summary", "callbacks.checkpoint.dirpath",
     "callbacks.keep_last.folder", "callbacks.median_stopping.folder", "callbacks.median_stopping.sweep",
 )  # fmt: skip
