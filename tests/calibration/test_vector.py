@@ -54,14 +54,14 @@ def test_posterior_agrees_with_scipy(link: str) -> None:
     prior, log_temperature, offset = 0.3, 0.2, 0.1 if link == "sigmoid" else 0.0
     scaling = VectorScaling(HORIZONS, link, LAYERS + 1, EXPERTS, prior=prior)
     scale_E, offset_E, _, fitted = scaling._fit_point(sample, log_temperature, offset)
-    x, used = sample.logits_ME.double().numpy(), np.zeros((len(sample.logits_ME), EXPERTS))
-    np.put_along_axis(used, sample.used_MK.numpy(), 1, axis=1)
+    x, truth = sample.logits_ME.double().numpy(), np.zeros((len(sample.logits_ME), EXPERTS))
+    np.put_along_axis(truth, sample.used_MK.numpy(), 1, axis=1)
 
     def nll_sum(parameters: np.ndarray) -> float:
         z = x * np.exp(-parameters[:EXPERTS]) + parameters[EXPERTS:]
         if link == "softmax":
-            return float((np.log(np.exp(z).sum(1)) - (z * used).sum(1)).sum())
-        return float((np.logaddexp(0, z) - z * used).sum())
+            return float((np.log(np.exp(z).sum(1)) - (z * truth).sum(1)).sum())
+        return float((np.logaddexp(0, z) - z * truth).sum())
 
     centre = np.repeat([log_temperature, offset], EXPERTS)
 

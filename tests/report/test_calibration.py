@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.test_benchmark import call
 from tests.traces.helpers import header_for, stack_info, write_trace
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "cells": {"temperature": 5000, "vector": 2000, "isotonic": 5000},
     "budget_experts": [2, 4],
     "resamples": 50,
@@ -46,7 +47,7 @@ def checkpoint(traces: Path) -> Path:
     predictor = predictor_class("mlp")(**vars(data.spec), lookahead=3)
     with torch.no_grad():  # a new one is undecided everywhere; this one is sure of itself and wrong
         for parameter in predictor.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
+            parameter.add_(0.3 * torch.randn_like(parameter))
     path = traces.parent / "train" / "predictor.ckpt"
     path.parent.mkdir()
     torch.save({"state_dict": predictor.state_dict(), "hyper_parameters": dict(predictor.hparams)}, path)
