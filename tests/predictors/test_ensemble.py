@@ -299,3 +299,7 @@ def test_mistakes_are_named() -> None:
     whole = fitted("mlp", "prefill", bidirectional=True)
     with pytest.raises(ConfigError, match="later tokens"):
         Ensemble(members=[whole, whole], hidden_size=8, **(fields | {"phase": "prefill"}))
+    packed = fitted("mlp")
+    packed.quantization = {"bits": 8, "group": 32}
+    with pytest.raises(ConfigError, match="is packed: combine checkpoints as trained"):
+        Ensemble.of([one, packed])
