@@ -18,7 +18,7 @@ from specgate.calibration.conformal import ConformalSets
 from specgate.calibration.registry import restore_calibrator
 from specgate.errors import CheckpointError, SpecgateError
 from specgate.predictors.base import Predictor
-from specgate.predictors.quantize import pack
+from specgate.predictors.quantize import prepare_packed
 from specgate.predictors.registry import predictor_class
 from specgate.traces.batch import StackSpec
 
@@ -83,7 +83,7 @@ def load_predictor(path: str | Path, device: torch.device | str = "cpu") -> Pred
             if _below(prefix + _CONFORMAL, state):
                 part.add_module("conformal", ConformalSets(part.lookahead, part.experts))
         if isinstance(saved.get("quantization"), dict):
-            pack(predictor, **saved["quantization"], empty=True)
+            prepare_packed(predictor, state, **saved["quantization"])
         predictor.load_state_dict(state)
     except SpecgateError:
         raise

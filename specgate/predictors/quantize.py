@@ -11,7 +11,7 @@ Integer-Arithmetic-Only Inference", 2018, arXiv:1712.05877). torchao does the ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from specgate.predictors.layers import PointLinear
 GROUP = 32
 SMALLEST = 2048
 """Parameters with fewer values stay as they are."""
+_PACKED = ".parametrizations."
 KEPT = {"calibrator", "conformal"}
 """Modules that are fitted after packing, and few."""
 
@@ -139,12 +140,12 @@ def quantisable(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, int
         for name, parameter in part.named_parameters(recurse=False):
             large = parameter.dim() > 1 and parameter.numel() >= SMALLEST and parameter.is_floating_point()
             if large and not name.startswith("bias"):
-                yield (
-                    part,
-                    name,
-                    parameter,
-                    (-2 if isinstance(part, PointLinear) and name == "weight" else -1),
-                )
+                yield part, name, parameter, input_axis(part, name)
+
+
+def input_axis(part: nn.Module, name: str) -> int:
+    """The axis of a weight that holds its inputs."""
+    return -2 if isinstance(part, PointLinear) and name == "weight" else -1
 
 
 def group_of(bits: int, group: int, inputs: int) -> int | None:
@@ -154,25 +155,42 @@ def group_of(bits: int, group: int, inputs: int) -> int | None:
     return group
 
 
-def pack(module: nn.Module, bits: int, group: int = GROUP, empty: bool = False) -> None:
+def pack(module: nn.Module, bits: int, group: int = GROUP) -> None:
     """Replace every :func:`quantisable` weight of a module by packed codes and scales, in place; a predictor
     remembers it in ``quantization``, which its checkpoint keeps.
 
     Args:
-        bits: 8 or 4. group: inputs per scale of int4. empty: see :class:`Packed`.
+        bits: 8 or 4. group: inputs per scale of int4.
 
     Raises:
-        ConfigError: without torchao (unless ``empty``), or for other bits.
+        ConfigError: without torchao, or for other bits.
     """
     if bits not in (4, 8):
         raise ConfigError(f"bits={bits} is no precision of weights here: choose 8 or 4")
     for part, name, weight, axis in list(quantisable(module)):
-        weight.requires_grad_(False)
-        inputs = weight.shape[axis]
-        packed = Packed(bits, group_of(bits, group, inputs), axis, inputs, empty)
-        parametrize.register_parametrization(part, name, packed, unsafe=True)
+        _register(part, name, weight, axis, bits, group, empty=False)
     if hasattr(module, "quantization"):
         module.quantization = {"bits": bits, "group": group}  # type: ignore[assignment]
+
+
+def prepare_packed(module: nn.Module, state: Mapping[str, Tensor], bits: int, group: int) -> None:
+    """Make room in a module for the packed weights of a checkpoint, those that ``state`` holds packed."""
+    for key in state:
+        place, found, name = key.removesuffix(".original0").rpartition(_PACKED)
+        if key.endswith(".original0") and found:
+            part = module.get_submodule(place)
+            weight = getattr(part, name)
+            _register(part, name, weight, input_axis(part, name), bits, group, empty=True)
+    module.quantization = {"bits": bits, "group": group}  # type: ignore[assignment]
+
+
+def _register(
+    part: nn.Module, name: str, weight: Tensor, axis: int, bits: int, group: int, empty: bool
+) -> None:
+    weight.requires_grad_(False)
+    inputs = weight.shape[axis]
+    packed = Packed(bits, group_of(bits, group, inputs), axis, inputs, empty)
+    parametrize.register_parametrization(part, name, packed, unsafe=True)
 
 
 def stored_bytes(module: nn.Module) -> int:
