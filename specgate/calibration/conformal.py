@@ -113,14 +113,14 @@ class ConformalSets(nn.Module):
                 p_ME = p_BTPHE[..., points, h0, :][chosen_BTP].float()
                 used_MK = experts_BTPHK[..., points, h0, :][chosen_BTP]
                 found.setdefault((kind, h0), []).append(
-                    (p_ME.gather(1, used_MK).cpu(), ranks(p_ME).gather(1, used_MK).cpu())
+                    (p_ME.gather(1, used_MK).cpu(), ranks(p_ME).gather(1, used_MK).to(torch.int16).cpu())
                 )
                 capacity = max(1, cells // self.experts)
                 samples.setdefault((kind, h0), Reservoir(capacity, generator)).add(p_ME, used_MK)
         report = []
         for (kind, h0), parts in sorted(found.items()):
             p_MK = torch.cat([p for p, _ in parts])
-            rank_MK = torch.cat([rank for _, rank in parts])
+            rank_MK = torch.cat([rank for _, rank in parts]).long()
             self.events_QH[kind, h0] = len(p_MK)
             for j, mode in enumerate(MODES):
                 threshold_C = torch.tensor([threshold(p_MK, level, mode) for level in LEVELS])
