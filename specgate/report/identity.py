@@ -66,7 +66,7 @@ def expert_load(spec: StackSpec, batches: Iterable[RoutingBatch]) -> dict[str, A
     """
     count_LE = torch.zeros(spec.layers, spec.experts, dtype=torch.float64)
     for batch in batches:
-        experts_NLK = batch.experts_BTLK[batch.mask_BT]
+        experts_NLK = batch.experts_BTLK[batch.mask_BT].cpu()
         for layer in range(spec.layers):
             count_LE[layer] += torch.bincount(experts_NLK[:, layer].flatten(), minlength=spec.experts)
     share_LE = count_LE / count_LE.sum(1, keepdim=True)
