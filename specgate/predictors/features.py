@@ -46,10 +46,10 @@ def shifted(x: Tensor, by: int = 1) -> Tensor:
     """``x[:, t - by]`` at t (dim 1 is time; ``by`` may be negative), zeros where there is no such token."""
     if by == 0:
         return x
-    T, pad = x.shape[1], torch.zeros_like(x[:, : min(abs(by), x.shape[1])])
+    pad = x.new_zeros(x.shape[0], abs(by), *x.shape[2:])  # as long as that even where x is shorter: no guard
     if by > 0:
-        return torch.cat([pad, x[:, : T - pad.shape[1]]], dim=1)
-    return torch.cat([x[:, pad.shape[1] :], pad], dim=1)
+        return torch.cat([pad, x], dim=1)[:, : x.shape[1]]
+    return torch.cat([x, pad], dim=1)[:, -by:]
 
 
 def decayed(x: Tensor, decay: float) -> Tensor:
@@ -135,7 +135,7 @@ class PointFeatures(nn.Module):
     Args:
         layers, experts, vocab_size, horizons, phase, hidden_size: of the stack.
         token_dim, state_dim: widths of the embeddings. decays: rates of the recency features. heads: of
-            the attention over tokens (0: none).
+            the attention over tokens (0: none). bidirectional: it sees later tokens too.
 
     Shapes:
         forward: ``RoutingBatch`` -> features ``[B, T, P, F]`` float32 with F = :attr:`size`, and the router
@@ -159,6 +159,7 @@ class PointFeatures(nn.Module):
         state_dim: int,
         decays: list[float],
         heads: int = 0,
+        bidirectional: bool = False,
     ) -> None:
         super().__init__()
         self.layers, self.experts, self.horizons = layers, experts, horizons
@@ -179,7 +180,7 @@ class PointFeatures(nn.Module):
         self.attention: PointAttention | None = None
         if heads:
             seen = token_dim + (state_dim if hidden_size is None else hidden_size)
-            self.attention = PointAttention(layers + 1, seen, heads, HEAD_WIDTH)
+            self.attention = PointAttention(layers + 1, seen, heads, HEAD_WIDTH, bidirectional)
             self.size += heads * HEAD_WIDTH
 
     def forward(self, batch: RoutingBatch) -> tuple[Tensor, Tensor]:
@@ -203,7 +204,7 @@ class PointFeatures(nn.Module):
             seen_BTPF = hidden[0]
         if self.attention is not None:
             token_BTPF = token_BTF[:, :, None].expand(-1, -1, P, -1)
-            blocks.append(self.attention(torch.cat([token_BTPF, seen_BTPF], dim=-1)))
+            blocks.append(self.attention(torch.cat([token_BTPF, seen_BTPF], dim=-1), batch.valid_BT))
         return torch.cat(blocks, dim=-1), this_BTPE
 
     def running_state(self, token_BTF: Tensor, used_BTLE: Tensor, weighted_BTLE: Tensor) -> list[Tensor]:
@@ -263,7 +264,8 @@ class PointFeatures(nn.Module):
         if self.attention is not None:
             if seen_BTF is None:
                 seen_BTF = self._state_BTF(batch, executed_BTLK, token_BTF, layer)
-            blocks.append(self.attention.step(torch.cat([token_BTF, seen_BTF], dim=-1), last_B, layer + 1))
+            about_BTF = torch.cat([token_BTF, seen_BTF], dim=-1)
+            blocks.append(self.attention.step(about_BTF, batch.valid_BT, last_B, layer + 1))
         return torch.cat(blocks, dim=-1), this_BE
 
     def _state_step(

@@ -112,6 +112,7 @@ class MLP(Predictor):
             state_dim=state_dim,
             decays=[0.7, 0.95] if decays is None else [float(a) for a in decays],
             heads=heads,
+            bidirectional=self.bidirectional,
         )
         self.entry_VF = nn.Embedding(self.vocab_size, self.lookahead * self.experts)
         nn.init.zeros_(self.entry_VF.weight)

@@ -158,6 +158,7 @@ class Seq2Seq(RouterPrior):
             state_dim=state_dim,
             decays=[0.7, 0.95] if decays is None else [float(a) for a in decays],
             heads=heads,
+            bidirectional=self.bidirectional,
         )
         prior = self.top_k / self.experts
         bias = math.log(prior) if self.top_k == 1 else math.log(prior / (1 - prior))
