@@ -103,3 +103,13 @@ def test_parts_are_replaced_and_nothing_else() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(59.4, "59 s"), (60, "1 min 0 s"), (201, "3 min 21 s")])
 def test_clock(seconds: float, text: str) -> None:
     assert readme.clock(seconds) == text
+
+
+def test_every_predictor_has_its_paragraph_and_paper() -> None:
+    text = (ROOT / "docs" / "predictors.md").read_text()
+    sections = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE))
+    models = {file.stem for file in (ROOT / "conf" / "model").glob("*.yaml")}
+    assert set(sections) == models
+    without = [name for name, body in sections.items() if not re.search(r"\b(19|20)\d\d\b", body)]
+    assert without == []
+    assert [name for name, body in sections.items() if len(body.split()) < 25] == []
