@@ -65,6 +65,12 @@ HELP = Run(("--help",), prints_metrics=False)
 SCRATCH = Run(prints_metrics=False, in_scratch=True)
 CONVERT = "python -m specgate.traces.convert"
 RUN = "outputs/train/2026-01-31/12-00-00"
+SCORE = ("paths.data={data}", "data.window=32", "threads=1")
+COST = (
+    *("data=olmoe_ref_prefill", "cost.context=16", "cost.repeats=3", "cost.batch_sizes=[1]"),
+    "'+cost.hosts.olmoe={model_type: olmoe, hidden_size: 32, num_experts: 8, num_experts_per_tok: 2}'",
+)
+MEMBERS = {"outputs/multirun/members": "{members}"}
 COMMANDS: dict[str, Make | Run] = {
     "make demo": Make(("python -m specgate.demo",), "tests/test_demo.py"),
     "make test": Make(("python -m pytest",), "tests/test_packaging.py"),
@@ -100,6 +106,30 @@ COMMANDS: dict[str, Make | Run] = {
     f"python benchmark.py mode=accuracy data=olmoe_ref_prefill checkpoints=[{RUN}]": Run(
         ("paths.data={data}", "data.window=32", "threads=1"), {RUN: "{run}"}
     ),
+    "python train.py model=router_residual calibration=temperature calibration.conformal=true": Run(TRAIN),
+    "python train.py callbacks=quantized callbacks.quantize.bits=4": Run(TRAIN),
+    "python train.py -m model=router_residual seed=0,1,2,3,4 hydra.sweep.dir=outputs/multirun/members": Run(
+        TRAIN, {"0,1,2,3,4": "0,1", "outputs/multirun/members": "{new}/members"}, prints_metrics=False
+    ),
+    "python train.py model=ensemble 'model.checkpoints=[outputs/multirun/members]'": Run(TRAIN, MEMBERS),
+    "python collect.py moe=olmoe_ref text=directory text.sources=../shared/corpora/domain-shift "
+    "out=data/traces/olmoe_ref_shift": Run(
+        COLLECT, {"../shared/corpora/domain-shift": "{text}", "data/traces/olmoe_ref_shift": "{new}/shift"}
+    ),
+    "python benchmark.py mode=calibration data=[olmoe_ref_prefill] shift=[olmoe_ref_shift] "
+    "checkpoints=[outputs/train/my_run]": Run(
+        (*SCORE, "calibrate.drift.stream=200", "calibrate.drift.block=16", "calibrate.match=shape"),
+        {"outputs/train/my_run": "{run}"},
+    ),
+    "python benchmark.py mode=uncertainty 'data=[olmoe_ref_prefill,olmoe_ref_shift]' "
+    "'checkpoints=[outputs/multirun/members]'": Run(SCORE, MEMBERS),
+    "python benchmark.py mode=cost checkpoints=[...]": Run((*SCORE, *COST), {"...": "{run}"}),
+    "python benchmark.py mode=quantize checkpoints=[...]": Run(
+        (*SCORE, "data=olmoe_ref_prefill", "quantize.context=16", "quantize.repeats=3"), {"...": "{run}"}
+    ),
+    "python benchmark.py mode=transitions data=[gpt_oss_20b,olmoe_ref_prefill]": Run(
+        SCORE, {"gpt_oss_20b": "olmoe_ref_decode"}
+    ),
     f"{CONVERT} request-*.npy data/traces/mine --experts 128 --model-id me/model": SCRATCH,
     f"{CONVERT} gpt_oss_20b_decode.npz data/traces/gpt_oss_20b --experts 32 --model-id openai/gpt-oss-20b "
     "--family gpt_oss --meta gpt_oss_20b_decode.meta.json --document-key dataset,category,prompt_tokens "
@@ -109,7 +139,7 @@ COMMANDS: dict[str, Make | Run] = {
     f"{CONVERT} data/traces/mine mine.npz": SCRATCH,
 }
 #: Commands in running text that only point at one that is tested in full elsewhere.
-MENTIONED = {"source .venv/bin/activate"}
+MENTIONED = {"source .venv/bin/activate", "python -m specgate.report.sweep FOLDER"}
 
 
 def commands_of(page: Path) -> list[str]:
@@ -120,7 +150,7 @@ def commands_of(page: Path) -> list[str]:
     ]
     plain = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     lines += re.findall(r"`((?:python|make|source) [^`]+)`", plain)
-    found = [re.sub(r"\s+#.*", "", line).strip() for line in lines]
+    found = [" ".join(re.sub(r"\s+#.*", "", line).split()) for line in lines]
     return list(dict.fromkeys(line for line in found if line and not line.startswith("#")))
 
 
@@ -164,6 +194,7 @@ def places(
     for name, trace in tiny_traces.items():
         host, _, phase = name.partition("_")
         (data / "traces" / f"{host}_ref{'_' + phase if phase else ''}").symlink_to(trace)
+    (data / "traces" / "olmoe_ref_shift").symlink_to(tiny_traces["olmoe"])
     rng = np.random.default_rng(0)
     for i in range(12):
         chosen = rng.permuted(np.tile(np.arange(128), (20, 6, 1)), axis=-1)[..., :8]
@@ -175,7 +206,9 @@ def places(
     )
     (scratch / "gpt_oss_20b_decode.meta.json").write_text(f"[{meta}]")
     names = {"data": data, "scratch": scratch, "olmoe": tiny_olmoe, "text": tiny_text}
-    return {**names, "run": trained(tiny_traces["olmoe"], "prefill", tmp_path_factory.mktemp("run")).parent}
+    members = tmp_path_factory.mktemp("members")
+    runs = [trained(tiny_traces["olmoe"], "prefill", members / str(i)).parent for i in range(2)]
+    return {**names, "run": runs[0], "members": members}
 
 
 def trained(trace: Path, phase: str, folder: Path) -> Path:

@@ -32,7 +32,8 @@ def test_attention_is_counted_whatever_kernel_runs() -> None:
     counted = count_flops(lambda: nn.functional.scaled_dot_product_attention(q, q, q))
     assert counted == 2 * (2 * 3 * 5 * 5 * 8) * 2
     attention, x = PointAttention(4, 10, 2, 8), torch.randn(1, 6, 4, 10)
-    assert count_flops(lambda: attention(x)) == 4 * 2 * (6 * 10 * 48 + 2 * 2 * 6 * 6 * 8)
+    valid_BT = torch.ones(1, 6, dtype=torch.bool)
+    assert count_flops(lambda: attention(x, valid_BT)) == 4 * 2 * (6 * 10 * 48 + 2 * 2 * 6 * 6 * 8)
 
 
 @pytest.mark.parametrize(("run", "K"), [("all", 6), ("none", 2)])
