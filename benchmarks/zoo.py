@@ -48,17 +48,15 @@ TRACE = {
     "switch_ref_decoder": "switch_ref",
     "olmoe_ref_prefill": "olmoe_ref",
 }
-LEARNED = (
-    "attention",
-    "transformer_xl",
-    "seq2seq",
-    "gnn",
-    "meta_moe",
-    "hierarchical",
-    "expert_lowrank",
-    "router_residual",
-    "mlp",
+GROUPS = (
+    ("attention",),
+    ("transformer_xl", "seq2seq"),
+    ("gnn", "meta_moe"),
+    ("hierarchical", "expert_lowrank"),
+    ("router_residual", "mlp"),
 )
+"""What one process trains, one after the other: it reads the trace once, and imports everything once."""
+LEARNED = tuple(model for group in GROUPS for model in group)
 ENSEMBLED = ("attention", "transformer_xl", "router_residual")
 
 
@@ -178,15 +176,25 @@ class Plan:
         ]
         command += ["data.batch_size=16"] * ids + ["trainer=cpu"] * (not self.gpu)
         command += [f"seed={','.join(map(str, self.seeds))}", *options]
-        command += [f"hydra.sweep.dir={self.out}/{name}", "hydra.sweep.subdir=${seed}"]
+        command += [f"hydra.sweep.dir={self.out}/{name}"]
+        if not any(option.startswith("hydra.sweep.subdir=") for option in options):
+            command.append("hydra.sweep.subdir=${seed}")
         return self._job(name, *command, result=self.out / name / "sweep.json")
 
     def _grid(self) -> list[Job]:
-        return [
-            self._train(f"grid/{data}/{model}", data, f"model={model}")
-            for model in self.models
-            for data in self._here()
-        ]
+        jobs = []
+        for group in GROUPS:
+            models = [model for model in group if model in self.models]
+            for data in self._here() if models else ():
+                name = f"grid/{data}/{'-'.join(models)}"
+                subdir = "hydra.sweep.subdir=${hydra.runtime.choices.model}/${seed}"
+                jobs.append(self._train(name, data, f"model={','.join(models)}", subdir))
+        return jobs
+
+    def _runs(self, data: str, model: str) -> Path:
+        """The folder of the grid's runs of a predictor, one per seed."""
+        group = next(group for group in GROUPS if model in group)
+        return self.out / "grid" / data / "-".join(m for m in group if m in self.models) / model
 
     def _best(self) -> list[Job]:
         written = [path.parent.name for path in sorted(self.traces.glob("olmoe_ref_written*/trace.json"))]
@@ -245,7 +253,7 @@ class Plan:
                             *("train.py", "model=ensemble", f"model.combine={combine}", *self._data(data)),
                             *("logger=none", "data.batch_size=16", "callbacks.progress=null"),
                             *(["trainer=gpu"] if self.gpu else []),
-                            f"model.checkpoints=[{self.out}/grid/{data}/{model}]",
+                            f"model.checkpoints=[{self._runs(data, model)}]",
                             f"hydra.run.dir={self.out}/{name}",
                         )
                     )
@@ -254,7 +262,7 @@ class Plan:
     def _more(self) -> list[Job]:
         jobs = []
         for data in self._here():
-            runs = {m: self.out / "grid" / data / m / str(self.seeds[0]) for m in self.models}
+            runs = {m: self._runs(data, m) / str(self.seeds[0]) for m in self.models}
             runs = {m: run for m, run in runs.items() if (run / "predictor.ckpt").is_file()}
             if not runs:
                 continue
@@ -269,7 +277,7 @@ class Plan:
                 jobs.append(self._benchmark("quantize", data, self._data(data), one))
             if shift:
                 for model in ENSEMBLED:
-                    members = f"checkpoints=[{self.out / 'grid' / data / model}]"
+                    members = f"checkpoints=[{self._runs(data, model)}]"
                     both = [f"data=[{data},{shifted}]", *self._data(data)[1:]]
                     job = self._benchmark("uncertainty", data, both, members, name=f"{data}_{model}")
                     jobs.append(job)

@@ -25,12 +25,13 @@ def plan(tmp_path: Path) -> Plan:
     ):
         (tmp_path / "traces" / name).mkdir(parents=True)
         (tmp_path / "traces" / name / "trace.json").write_text("{}")
+    made = Plan(tmp_path, tmp_path / "out", written=15000, shift_text="texts")
     for data in DATA:
         for model in LEARNED:
-            run = tmp_path / "out" / "grid" / data / model / "0"
+            run = made._runs(data, model) / "0"
             run.mkdir(parents=True)
             (run / "predictor.ckpt").touch()
-    return Plan(tmp_path, tmp_path / "out", written=15000, shift_text="texts")
+    return made
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -44,7 +45,7 @@ def test_jobs_are_commands_that_compose(stage: str, tmp_path: Path) -> None:
             command = command[2].split("&&")[1].split()[1:]
         entry = command[0].removesuffix(".py")
         overrides = [c for c in command[1:] if c != "-m" and not c.startswith("hydra.")]
-        overrides = [c.split(",")[0] if c.startswith("seed=") else c for c in overrides]
+        overrides = [c.split(",")[0] if c.startswith(("seed=", "model=")) else c for c in overrides]
         cfg = composed(CONF, entry, overrides, tmp_path)
         assert OmegaConf.is_config(cfg)
 

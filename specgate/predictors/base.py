@@ -334,11 +334,12 @@ class Predictor(L.LightningModule):
         return self.loss(self(batch), *targets(batch, self.lookahead))
 
     def training_step(self, batch: RoutingBatch, batch_idx: int) -> Tensor | None:
-        """Mean loss over the valid cells of the batch; None when the batch has none."""
+        """Mean loss over the valid cells of the batch; None when the batch has none (on a GPU 0, since asking
+        would make the host wait for it)."""
         if batch_idx == 0:
             self.check_batch(batch)
         cells = targets(batch, self.lookahead)[1].sum()
-        if cells == 0:
+        if cells.device.type == "cpu" and cells == 0:
             return None
         chunks = self._chunks(batch)
         if len(chunks) == 1:
@@ -346,7 +347,7 @@ class Predictor(L.LightningModule):
         else:
             parts = [checkpoint(self.training_loss, chunk, use_reentrant=False) for chunk in chunks]
             total = torch.stack([part for part in parts if isinstance(part, Tensor)]).sum()
-        loss = total / cells
+        loss = total / cells.clamp(min=1)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
