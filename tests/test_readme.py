@@ -92,6 +92,8 @@ COMMANDS: dict[str, Make | Run] = {
     "python -m specgate doctor": Run(("--help",), prints_metrics=False),
     CONVERT: HELP,
     "python -m specgate.moe.pretrain": HELP,
+    "python -m specgate.moe.generate": HELP,
+    "python -m benchmarks.zoo": Run(("--dry-run",), prints_metrics=False),
     "python collect.py moe=olmoe_ref": Run(COLLECT),
     "python collect.py moe=olmoe_ref phase=decode sequences=500": Run(COLLECT),
     "python collect.py moe=switch_ref hidden=int8 'hidden_layers=[0,2,4]'": Run(COLLECT),
@@ -139,7 +141,13 @@ COMMANDS: dict[str, Make | Run] = {
     f"{CONVERT} data/traces/mine mine.npz": SCRATCH,
 }
 #: Commands in running text that only point at one that is tested in full elsewhere.
-MENTIONED = {"source .venv/bin/activate", "python -m specgate.report.sweep FOLDER"}
+MENTIONED = {
+    *("source .venv/bin/activate", "python -m specgate.report.sweep FOLDER", "python train.py -m"),
+    *(
+        f"python benchmark.py mode={m}"
+        for m in ("cost", "calibration", "uncertainty", "quantize", "transitions")
+    ),
+}
 
 
 def commands_of(page: Path) -> list[str]:
