@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,12 @@ def load_host(
         CheckpointError: if it cannot be found, downloaded or read.
         ConfigError: for an unknown dtype or device.
     """
+    for chatty in (
+        "torchao",
+        "torch.utils._pytree",
+        "root",
+    ):  # what transformers imports along, where it is there
+        logging.getLogger(chatty).addFilter(_unasked)
     import transformers
 
     if dtype not in DTYPES:
@@ -122,6 +129,14 @@ def load_host(
         family=family,
         model_id=path.name if isinstance(path, Path) else path,
         revision=_fingerprint(path) if isinstance(path, Path) else str(commit or ""),
+    )
+
+
+def _unasked(record: logging.LogRecord) -> bool:
+    """Drops what torchao says of itself when transformers imports it: nothing here depends on it."""
+    said = record.getMessage()
+    return not any(
+        text in said for text in ("_C_", "Detected no triton", "is an Enum subclass and is now natively")
     )
 
 
