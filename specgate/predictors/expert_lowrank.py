@@ -14,7 +14,6 @@ alone says. All that is linear in the state (the routers themselves) is one matr
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +27,7 @@ from specgate.predictors.features import (
     decayed,
     multi_hot_BTLE,
     points,
+    prior_logit,
     shifted,
 )
 from specgate.predictors.layers import PointLinear
@@ -109,8 +109,7 @@ class ExpertLowRank(RouterPrior):
         self.drop = nn.Dropout(dropout)
         self.shift_2PD = nn.Parameter(torch.zeros(2, P, D)) if shift else None
         self.reuse_PHE = nn.Parameter(torch.zeros(P, H, E)) if reuse else None
-        prior = min(self.top_k / E, 0.999)
-        bias = math.log(prior) if self.top_k == 1 else math.log(prior / (1 - prior))
+        bias = prior_logit(self)
         start_PHE = torch.where((self.kinds == WITHIN) & (self.host is not None), 0.0, bias)
         self.bias_PHE = nn.Parameter(start_PHE[..., None].repeat(1, 1, E))
 

@@ -10,11 +10,18 @@ matrix.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from specgate.predictors.layers import PointAttention, lookup
 from specgate.traces.batch import RoutingBatch
+
+if TYPE_CHECKING:
+    from specgate.predictors.base import Predictor
 
 HEAD_WIDTH = 16
 MEANS, SLOW = (0.5, 0.9), 0.8
@@ -121,6 +128,26 @@ class History:
         """Weights of :func:`decayed` at several rates, as it stands ``lag`` tokens before the last."""
         age_BT1 = (self.age_BT - lag)[..., None]
         return decay_C ** age_BT1.clamp(min=0) * ((age_BT1 >= 0) * (1 - decay_C))
+
+
+def stack_of(predictor: Predictor, decays: Sequence[float] | None) -> dict[str, Any]:
+    """What features must know of a predictor's stack, as keyword arguments; ``decays`` None: 0.7 and 0.95."""
+    return {
+        "layers": predictor.layers,
+        "experts": predictor.experts,
+        "vocab_size": predictor.vocab_size,
+        "horizons": predictor.lookahead,
+        "phase": predictor.phase,
+        "hidden_size": predictor.hidden_size,
+        "bidirectional": predictor.bidirectional,
+        "decays": [0.7, 0.95] if decays is None else [float(a) for a in decays],
+    }
+
+
+def prior_logit(predictor: Predictor) -> float:
+    """The logit of "as often as any other", K / E through the predictor's link."""
+    prior = min(predictor.top_k / predictor.experts, 0.999)
+    return math.log(prior) if predictor.top_k == 1 else math.log(prior / (1 - prior))
 
 
 class PointFeatures(nn.Module):

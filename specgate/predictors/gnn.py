@@ -27,15 +27,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from torch_geometric.nn import SimpleConv
 
-from specgate.predictors.both_sides import SequenceFeatures
 from specgate.predictors.expert_graph import ExpertGraph, Relation, relations_of
 from specgate.predictors.features import (
+    PointFeatures,
     at_targets_BTPHE,
     column_PH,
     multi_hot_BTLE,
     points,
     shift_layer,
     shifted,
+    stack_of,
 )
 from specgate.predictors.layers import PointLinear, lookup
 from specgate.predictors.mlp import ENTRY_GAIN, PointMLP
@@ -135,18 +136,8 @@ class GNN(RouterPrior):
         if self.bidirectional:
             self.slots.append(LATER)
         self.register_buffer("pair_QLH", self._pairs(relations), persistent=False)
-        self.features = SequenceFeatures(
-            layers=self.layers,
-            experts=self.experts,
-            vocab_size=self.vocab_size,
-            horizons=H,
-            phase=self.phase,
-            hidden_size=self.hidden_size,
-            bidirectional=self.bidirectional,
-            token_dim=token_dim,
-            state_dim=state_dim,
-            decays=[0.7, 0.95] if decays is None else [float(a) for a in decays],
-            heads=heads,
+        self.features = PointFeatures(
+            **stack_of(self, decays), token_dim=token_dim, state_dim=state_dim, heads=heads
         )
         self.collect = SimpleConv(aggr="sum")
         self.message = nn.Linear(node_dim, message_dim)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specgate.errors import ConfigError
-from specgate.predictors.features import PointFeatures
+from specgate.predictors.features import PointFeatures, prior_logit, stack_of
 from specgate.predictors.grouping import check_groups, contrast, equal_groups, routing_similarity, segment
 from specgate.predictors.layers import PointLinear, lookup
 from specgate.predictors.mlp import ENTRY_GAIN
@@ -147,16 +147,7 @@ class Hierarchical(RouterPrior):
         self.register_buffer("similarity_LL", torch.zeros(self.layers, self.layers))
         self.register_buffer("measured", torch.tensor(False))
         self.features = PointFeatures(
-            layers=self.layers,
-            experts=self.experts,
-            vocab_size=self.vocab_size,
-            horizons=self.lookahead,
-            phase=self.phase,
-            hidden_size=self.hidden_size,
-            token_dim=token_dim,
-            state_dim=state_dim,
-            decays=[0.7, 0.95] if decays is None else [float(a) for a in decays],
-            heads=0,
+            **stack_of(self, decays), token_dim=token_dim, state_dim=state_dim, heads=0
         )
         around, used = token_dim * len(self.features.offsets), 2 * self.experts
         past = (
@@ -174,8 +165,7 @@ class Hierarchical(RouterPrior):
         self.drop = nn.Dropout(dropout)
         self.entry_VF = nn.Embedding(self.vocab_size, self.lookahead * self.experts)
         nn.init.zeros_(self.entry_VF.weight)
-        prior = self.top_k / self.experts
-        bias = math.log(prior) if self.top_k == 1 else math.log(prior / (1 - prior))
+        bias = prior_logit(self)
         self.head = PointLinear(P, width, self.lookahead * self.experts, zero=True, bias=bias)
         if self.host is not None:
             with torch.no_grad():  # where the router speaks, the correction starts at zero

@@ -28,8 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specgate.errors import ConfigError
-from specgate.predictors.both_sides import SequenceFeatures
-from specgate.predictors.features import multi_hot_BTLE
+from specgate.predictors.features import PointFeatures, multi_hot_BTLE, prior_logit, stack_of
 from specgate.predictors.layers import PointLinear, lookup
 from specgate.predictors.meta_branches import (
     Branch,
@@ -97,23 +96,10 @@ class MetaMoE(RouterPrior):
             raise ConfigError(f"combine={combine!r} is unknown: choose one of {', '.join(COMBINE)}")
         self.active, self.combine, self.balance, self.noise = active, combine, balance, noise
         P, H, E = self.layers + 1, self.lookahead, self.experts
-        self.features = SequenceFeatures(
-            layers=self.layers,
-            experts=E,
-            vocab_size=self.vocab_size,
-            horizons=H,
-            phase=self.phase,
-            hidden_size=self.hidden_size,
-            bidirectional=self.bidirectional,
-            token_dim=token_dim,
-            state_dim=state_dim,
-            decays=[0.7, 0.95] if decays is None else [float(a) for a in decays],
-            heads=heads,
+        self.features = PointFeatures(
+            **stack_of(self, decays), token_dim=token_dim, state_dim=state_dim, heads=heads
         )
-        prior = self.top_k / E
-        start_PHE = torch.full(
-            (P, H, E), math.log(prior / (1 - prior)) if self.top_k > 1 else math.log(prior)
-        )
+        start_PHE = torch.full((P, H, E), prior_logit(self))
         if self.host is not None:
             start_PHE[self.kinds == WITHIN] = 0.0
         branches: dict[str, Branch] = {}

@@ -10,14 +10,13 @@ product.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from specgate.predictors.base import Predictor
-from specgate.predictors.features import PointFeatures
+from specgate.predictors.features import PointFeatures, prior_logit, stack_of
 from specgate.predictors.layers import PointLinear, lookup
 from specgate.traces.batch import RoutingBatch, last_valid_B
 
@@ -102,22 +101,11 @@ class MLP(Predictor):
     ) -> None:
         super().__init__(**kwargs)
         self.features = PointFeatures(
-            layers=self.layers,
-            experts=self.experts,
-            vocab_size=self.vocab_size,
-            horizons=self.lookahead,
-            phase=self.phase,
-            hidden_size=self.hidden_size,
-            token_dim=token_dim,
-            state_dim=state_dim,
-            decays=[0.7, 0.95] if decays is None else [float(a) for a in decays],
-            heads=heads,
-            bidirectional=self.bidirectional,
+            **stack_of(self, decays), token_dim=token_dim, state_dim=state_dim, heads=heads
         )
         self.entry_VF = nn.Embedding(self.vocab_size, self.lookahead * self.experts)
         nn.init.zeros_(self.entry_VF.weight)
-        prior = self.top_k / self.experts
-        bias = math.log(prior) if self.top_k == 1 else math.log(prior / (1 - prior))
+        bias = prior_logit(self)
         self.head = PointMLP(
             self.layers + 1, self.features.size, width, depth, self.lookahead, self.experts, dropout, bias
         )

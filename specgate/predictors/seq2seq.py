@@ -17,7 +17,6 @@ the same weights with the true experts fed in.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from specgate.errors import SpecgateError
-from specgate.predictors.features import PointFeatures, column_PH
+from specgate.predictors.features import PointFeatures, column_PH, prior_logit, stack_of
 from specgate.predictors.joint import draw, fit_sharpness, measure
 from specgate.predictors.layers import PointLinear
 from specgate.predictors.mlp import ENTRY_GAIN
@@ -148,20 +147,9 @@ class Seq2Seq(RouterPrior):
         super().__init__(**kwargs)
         self.joint = joint
         self.features = PointFeatures(
-            layers=self.layers,
-            experts=self.experts,
-            vocab_size=self.vocab_size,
-            horizons=self.lookahead,
-            phase=self.phase,
-            hidden_size=self.hidden_size,
-            token_dim=token_dim,
-            state_dim=state_dim,
-            decays=[0.7, 0.95] if decays is None else [float(a) for a in decays],
-            heads=heads,
-            bidirectional=self.bidirectional,
+            **stack_of(self, decays), token_dim=token_dim, state_dim=state_dim, heads=heads
         )
-        prior = self.top_k / self.experts
-        bias = math.log(prior) if self.top_k == 1 else math.log(prior / (1 - prior))
+        bias = prior_logit(self)
         outputs = self.lookahead * self.experts
         self.encoder = LayerEncoder(
             self.layers + 1, self.features.size, width, decoder_width, outputs, self.experts, dropout, bias

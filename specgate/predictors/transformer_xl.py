@@ -15,7 +15,6 @@ inputs of every trunk layer, without gradient, so segments add up to the whole e
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from specgate.errors import ConfigError, SpecgateError
+from specgate.predictors.features import prior_logit, stack_of
 from specgate.predictors.layers import PointLinear
 from specgate.predictors.mlp import ENTRY_GAIN, PointMLP
 from specgate.predictors.recall import GRAMS, Recall
@@ -99,16 +99,9 @@ class TransformerXL(RouterPrior):
         L_, H, E = self.layers, self.lookahead, self.experts
         self.memory = memory
         self.features = StreamFeatures(
-            layers=L_,
-            experts=E,
-            vocab_size=self.vocab_size,
-            horizons=H,
-            phase=self.phase,
-            hidden_size=self.hidden_size,
-            bidirectional=self.bidirectional,
+            **stack_of(self, decays),
             token_dim=token_dim,
             state_dim=state_dim,
-            decays=[0.7, 0.95] if decays is None else [float(a) for a in decays],
             token_dropout=token_dropout,
             expert_dropout=expert_dropout,
         )
@@ -128,8 +121,7 @@ class TransformerXL(RouterPrior):
         if recall_heads and self.phase == "decode":
             self.recall = Recall(L_, E, self.top_k, H, trunk_width, recall_heads)
             size += self.recall.size
-        prior = self.top_k / E
-        bias = math.log(prior) if self.top_k == 1 else math.log(prior / (1 - prior))
+        bias = prior_logit(self)
         self.head = PointMLP(L_ + 1, size, width, depth, H, E, dropout, bias)
         self.entry_VF = nn.Embedding(self.vocab_size, H * E)
         nn.init.zeros_(self.entry_VF.weight)
