@@ -191,6 +191,9 @@ class Plan:
                 jobs.append(self._train(name, data, f"model={','.join(models)}", subdir))
         return jobs
 
+    def _ensembled(self) -> list[str]:
+        return [model for model in ENSEMBLED if model in self.models]
+
     def _runs(self, data: str, model: str) -> Path:
         """The folder of the grid's runs of a predictor, one per seed."""
         group = next(group for group in GROUPS if model in group)
@@ -244,7 +247,7 @@ class Plan:
     def _ensemble(self) -> list[Job]:
         jobs = []
         for data in self._here():
-            for model in ENSEMBLED:
+            for model in self._ensembled():
                 for combine in ("mean", "stacking"):
                     name = f"ensemble/{data}/{model}_{combine}"
                     jobs.append(
@@ -276,7 +279,7 @@ class Plan:
                 one = f"checkpoints=[{runs['router_residual']}]"
                 jobs.append(self._benchmark("quantize", data, self._data(data), one))
             if shift:
-                for model in ENSEMBLED:
+                for model in self._ensembled():
                     members = f"checkpoints=[{self._runs(data, model)}]"
                     both = [f"data=[{data},{shifted}]", *self._data(data)[1:]]
                     job = self._benchmark("uncertainty", data, both, members, name=f"{data}_{model}")
