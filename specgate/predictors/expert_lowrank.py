@@ -162,7 +162,7 @@ class ExpertLowRank(RouterPrior):
         being kept; only where there is something to foresee. Additions per value are left out."""
         E, A, C, V = self.experts, self.heads, self.head_width, self.value_width
         D, token_dim = self.linear_PDF.shape[1], self.weight_out.weight.shape[1] - E
-        seen = context if self.bidirectional else context / 2
+        seen = context if self.bidirectional or self.phase == "decode" else context / 2
         running = sum(self.by_rank) + self.shared
         total = 0.0
         for p, targets_H in enumerate((self.kinds != INVALID).tolist()):

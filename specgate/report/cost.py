@@ -31,6 +31,7 @@ from specgate.report.accuracy import assign, labels
 from specgate.report.evaluate import labels_of
 from specgate.report.identity import trace_identity
 from specgate.report.record import FILE_NAME, read_record
+from specgate.report.runs import model_settings
 from specgate.traces.batch import RoutingBatch
 from specgate.traces.datamodule import RoutingDataModule
 from specgate.training import norm_eps
@@ -326,11 +327,13 @@ def training_of(file: Path | None) -> dict[str, Any]:
     whole run."""
     record = run_record(file)
     if record is None or record.get("entry") != "train.py":
-        return {"training_seconds": None, "training_seconds_of": None, "training_hardware": None}
+        nothing = {"training_seconds": None, "training_seconds_of": None, "training_hardware": None}
+        return nothing | {"settings": None}
     alone = record.get("training_seconds")
     hardware = record.get("hardware", {})
     on_gpu = record.get("config", {}).get("trainer", {}).get("accelerator") != "cpu" and hardware.get("gpus")
     return {
+        "settings": model_settings(record.get("config") or {}),
         "training_seconds": record["wall_seconds"] if alone is None else alone,
         "training_seconds_of": "whole run" if alone is None else "training",
         "training_hardware": hardware["gpus"][0] if on_gpu else hardware.get("cpu"),

@@ -10,6 +10,7 @@ import io
 import json
 import statistics
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
@@ -102,13 +103,26 @@ def slim_run(record: Mapping[str, Any], source: str = "") -> Run:
         "predictor": front["predictor"],
         "learned": front["learned"],
         "seed": config.get("seed"),
-        "settings": settings(config),
+        "settings": settings(config) if record.get("steps") else untrained(record),
         "trace": {
             key: trace.get(key)
             for key in ("name", "stack", "phase", "layers", "experts", "top_k", "hidden_size", "sha256")
         },
         "scores": scores,
     }
+
+
+def untrained(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that matter to a run in which no optimizer took a step: the predictor's own, the members
+    of an ensemble by name and number instead of by file.
+    """
+    found = model_settings(record.get("config") or {})
+    members = (record.get("predictor_report") or {}).get("members")
+    if members:
+        counts = Counter(str(member).split(" ")[0] for member in members)
+        found = {key: value for key, value in found.items() if key != "model.checkpoints"}
+        found["model.of"] = "+".join(f"{n}×{name}" for name, n in counts.items())
+    return found
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,6 +140,11 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
     walk({key: value for key, value in config.items() if key not in _BESIDE}, "")
     return flat
+
+
+def model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the predictor itself, which say one variant from another."""
+    return {key: value for key, value in settings(config).items() if key.startswith("model.")}
 
 
 def trace_key(run: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -38,7 +38,16 @@ KIND = "zoo"
 REFERENCES = ("shadow",)
 FROM = "router_lookahead"
 SECTIONS = ("free", "learned", "reference", ORACLE)
-_COST = ("predictor", "precision", "parameters", "bytes", "flops_per_token_layer", "share_of_host", "us")
+_COST = (
+    "settings",
+    "predictor",
+    "precision",
+    "parameters",
+    "bytes",
+    "flops_per_token_layer",
+    "share_of_host",
+    "us",
+)
 
 
 # ---------------------------------------------------------------------- storing
@@ -184,21 +193,26 @@ class Zoo:
         free = [group for group in self.groups if section_of(group) == "free"]
         return next((group for group in free if group.predictor == FROM), free[-1] if free else None)
 
-    def gap_closed(self, group: Group) -> Spread | None:
-        """Share of the way from the baseline to the oracle, over the horizons together, in each run."""
-        start, end = self.baseline(), next((g for g in self.groups if g.predictor == ORACLE), None)
-        if start is None or end is None:
+    def gap_closed(self, group: Group, horizon: int) -> Spread | None:
+        """Share of the way from the baseline to the oracle at a horizon, in each run."""
+        ends = (self.baseline(), next((g for g in self.groups if g.predictor == ORACLE), None))
+        low, high = (None if end is None else self.score(end, horizon) for end in ends)
+        if low is None or high is None or high.mean <= low.mean:
             return None
-        low, high = self.recall(start), self.recall(end)
-        values = [mean for run in group.runs if (mean := self.mean(Group([run]), "recall_at_k")) is not None]
-        return Spread.of([(value.mean - low) / (high - low) for value in values]) if high > low else None
+        values = [value for run in group.runs if (value := self.score(Group([run]), horizon)) is not None]
+        return Spread.of([(value.mean - low.mean) / (high.mean - low.mean) for value in values])
 
     def cost(self, group: Group) -> Mapping[str, Any] | None:
-        """The first cost row of the predictor; none for one of several variants of a predictor."""
-        if group.label != group.predictor:
-            return None
-        rows = [row for row in self.record["cost"] if row["predictor"].split(" (")[0] == group.predictor]
-        return rows[0] if rows else None
+        """The first cost row of the predictor with these settings of its own; a row that tells none is taken
+        for the only variant of its predictor."""
+        mine = {k: v for k, v in group.runs[0]["settings"].items() if k.startswith("model.")}
+        for row in self.record["cost"]:
+            if row["predictor"].split(" (")[0] == group.predictor:
+                told = row.get("settings")
+                alone = told is None and group.label == group.predictor
+                if alone or (told is not None and all(told.get(k) == v for k, v in mine.items())):
+                    return dict(row)
+        return None
 
     def unequal(self) -> list[str]:
         """Lines scored on another number of targets than most."""
@@ -238,7 +252,8 @@ def zoo_table(zoo: Zoo) -> Table:
     groups, costs = zoo.groups, [zoo.cost(group) for group in zoo.groups]
     for h in zoo.horizons:
         column(f"{horizon_name(h)} %", 1, [zoo.score(g, h) for g in groups], 100, 1)
-    column("gap closed %", 1, [zoo.gap_closed(g) for g in groups], 100, 1)
+    for h in zoo.horizons:
+        column(f"closed {horizon_name(h)} %", 1, [zoo.gap_closed(g, h) for g in groups], 100, 1)
     column("ECE", -1, [zoo.mean(g, "ece") for g in groups], 1, 4)
     column("NLL", -1, [zoo.mean(g, "nll") for g in groups], 1, 4)
     column("k parameters", 0, [g.value("parameters") for g in groups], 1e-3, 1)
@@ -266,15 +281,15 @@ def zoo_table(zoo: Zoo) -> Table:
 
 
 def _notes(zoo: Zoo) -> list[str]:
-    start = zoo.baseline() if any(zoo.gap_closed(group) for group in zoo.groups) else None
+    told = any(zoo.gap_closed(group, h) for group in zoo.groups for h in zoo.horizons)
+    start = zoo.baseline() if told else None
     notes = [
         "recall@K of targets within the token; ± is the standard deviation over seeds; bold is the best of "
         "free and learned predictors. ECE and NLL: mean over the same horizons."
     ]
     if start is not None:
         notes.append(
-            f"gap closed: share of the way from {start.label} to the oracle, recall averaged over "
-            f"{', '.join(map(horizon_name, zoo.horizons))}."
+            f"closed: share of the gap between the recall of {start.label} and the oracle's that is closed."
         )
     if any(section_of(group) == "reference" for group in zoo.groups):
         notes.append("reference: runs layers of the host itself, an upper reference and no prefetcher.")
