@@ -273,7 +273,10 @@ class Plan:
             shifted = f"{data.removesuffix('_prefill')}_shift"
             there = (self.traces / f"{TRACE.get(data, data)}_shift" / "trace.json").is_file()
             shift = [f"shift=[{shifted}]"] if there and data in TRACE and "decoder" not in data else []
-            jobs.append(self._benchmark("cost", data, self._data(data), every))
+            best = sorted((self.out / "best" / data).glob(f"*/{self.seeds[0]}/predictor.ckpt"))
+            costed = ",".join(map(str, [*runs.values(), *(file.parent for file in best)]))
+            settings = [*self._data(data), "cost.match=shape"]  # the best ones saw more traces than this
+            jobs.append(self._benchmark("cost", data, settings, f"checkpoints=[{costed}]"))
             jobs.append(self._benchmark("calibration", data, self._data(data), every, *shift))
             if "router_residual" in runs:
                 one = f"checkpoints=[{runs['router_residual']}]"

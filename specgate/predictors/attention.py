@@ -34,11 +34,12 @@ if TYPE_CHECKING:
 EMBED_GAIN = 4.0
 """Factor on the start embedding (see ``TOKEN_GAIN`` in features.py)."""
 FORMS: dict[str, dict[str, Any]] = {
-    "switch_transformers": {"activation": "relu", "rotary": 0.0, "qk_norm": False},
+    "switch_transformers": {"activation": "swiglu", "rotary": 0.5, "qk_norm": False},
     "olmoe": {"activation": "swiglu", "rotary": 1.0, "qk_norm": True},
     "qwen3_moe": {"activation": "swiglu", "rotary": 1.0, "qk_norm": True},
 }
-"""What blocks of a host's family look like; any other family is taken for SwiGLU with rotary positions."""
+"""What blocks of a host's family look like; any other family is taken for SwiGLU with rotary positions. For
+Switch it is not its own form (ReLU, no rotary positions) but what trained better (docs/LOG.md)."""
 USUAL: dict[str, Any] = {"activation": "swiglu", "rotary": 1.0, "qk_norm": False}
 
 
