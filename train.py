@@ -14,10 +14,11 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from specgate import training
-from specgate.errors import SpecgateError
+from specgate.errors import NotApplicableError, SpecgateError
 from specgate.report.evaluate import evaluate_data, labels_of
 from specgate.report.identity import trace_identity
 from specgate.report.record import Run
+from specgate.report.sweep import skip
 from specgate.report.tables import accuracy_table
 from specgate.report.tracking import track
 
@@ -69,6 +70,9 @@ def main(cfg: DictConfig) -> float | None:
     except SpecgateError as error:
         Console(stderr=True).print(str(error), style="bold red", markup=False)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if isinstance(error, NotApplicableError):
+                skip(HydraConfig.get().runtime.output_dir, error)
+                return None
             raise  # the other jobs of a sweep go on
         sys.exit(1)
     finally:

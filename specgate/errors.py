@@ -23,3 +23,7 @@ class CheckpointError(SpecgateError):
 
 class ConfigError(SpecgateError):
     """A configuration value makes no sense."""
+
+
+class NotApplicableError(ConfigError):
+    """A choice makes sense, but not for this trace or without more settings: a sweep passes over it."""

@@ -98,6 +98,17 @@ def test_a_grid_groups_seeds_and_outlives_a_failed_job(tiny_traces: dict[str, Pa
     assert main([str(folder / "0" / "checkpoints")]) == 1  # no run in there
 
 
+def test_what_does_not_apply_is_passed_over(tiny_traces: dict[str, Path], tmp_path: Path) -> None:
+    """``model=glob(*)`` names the ensemble too, which has no members to combine then."""
+    found, output = sweep(tmp_path / "sweep", tiny_traces["olmoe"], "model=ensemble,popularity")
+    assert [group["run"] for group in found["groups"]] == ["popularity"]
+    (left,) = found["unfinished"]
+    assert left["status"] == "skipped"
+    assert "model=ensemble" in left["overrides"]
+    assert "give the members' runs" in left["error"]
+    assert "skipped: " in output
+
+
 def test_the_grid_holds_every_predictor_that_needs_no_files() -> None:
     params = OmegaConf.load(CONF / "sweep" / "grid.yaml").hydra.sweeper.params
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -207,4 +218,4 @@ def test_an_interrupted_job_is_listed(tmp_path: Path) -> None:
     assert "job 0 interrupted: model=mlp seed=3" in console.export_text()
     found = json.loads((tmp_path / "sweep.json").read_text())
     assert [one["status"] for one in found["unfinished"]] == ["interrupted"]
-    assert "1 of 1 jobs did not finish" in (tmp_path / "sweep.md").read_text()
+    assert "1 of 1 jobs have no result" in (tmp_path / "sweep.md").read_text()

@@ -18,7 +18,7 @@ from torch import Tensor
 from specgate.calibration.fit import MAX_LOGITS
 from specgate.calibration.load import check_compatible, find_checkpoint, load_predictor
 from specgate.calibration.temperature import Reservoir
-from specgate.errors import CheckpointError, ConfigError
+from specgate.errors import CheckpointError, ConfigError, NotApplicableError
 from specgate.predictors.base import Predictor, batch_chunks
 from specgate.predictors.ensemble import Ensemble
 from specgate.traces.batch import KINDS, RoutingBatch, targets
@@ -68,7 +68,7 @@ def member_files(checkpoints: str | Path | Sequence[str | Path]) -> list[Path]:
     """
     named = [checkpoints] if isinstance(checkpoints, str | Path) else list(checkpoints)
     if not named:
-        raise ConfigError(
+        raise NotApplicableError(
             "model.checkpoints names nothing: give the members' runs, e.g. model.checkpoints=[RUN,RUN]"
         )
     files: list[Path] = []

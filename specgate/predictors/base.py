@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from specgate.errors import ConfigError, SpecgateError, TraceError
+from specgate.errors import ConfigError, NotApplicableError, SpecgateError, TraceError
 from specgate.forecast import Forecast
 from specgate.predictors.schedule import WarmupCosine
 from specgate.traces.batch import (
@@ -121,7 +121,7 @@ class Predictor(L.LightningModule):
         if bidirectional and phase != "prefill":
             raise ConfigError(f"a bidirectional stack is read whole: phase={phase} needs a causal one")
         if self.needs_hidden and hidden_size is None:
-            raise ConfigError(
+            raise NotApplicableError(
                 f"{self.name} needs hidden states: collect with hidden=fp16, or choose an id-only predictor"
             )
         self.save_hyperparameters(ignore=["routers", "tensors"])

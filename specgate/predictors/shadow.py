@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from specgate.errors import ConfigError
+from specgate.errors import ConfigError, NotApplicableError
 from specgate.predictors.router_lookahead import RouterLookahead
 from specgate.predictors.shadow_host import ShadowHost
 from specgate.traces.batch import RoutingBatch
@@ -96,6 +96,8 @@ class Shadow(RouterLookahead):
         from specgate.moe.anatomy import anatomy
         from specgate.moe.hosts import load_host
 
+        if data.spec.hidden_size is None:
+            raise NotApplicableError("shadow needs hidden states to start from: collect with hidden=fp16")
         model_id = values.get("host") or data.readers[0].header.model_id
         plain, tensors = anatomy(load_host(model_id, dtype="float32", device="cpu").model, data.stack)
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}

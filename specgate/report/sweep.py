@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from specgate.report.tables import Table
 
 JOB = "job.json"
+SKIPPED = "SKIPPED"
+_STATUS = {"FAILED": "failed", SKIPPED: "skipped"}
 SPLITS = ("validation", "test")
 
 
@@ -66,6 +68,8 @@ class SweepReport(Callback):
             error = job_return._return_value
             record["error"] = f"{type(error).__name__}: {error}"
         folder = Path(str(config.hydra.runtime.output_dir))
+        if (folder / JOB).is_file() and status == "COMPLETED":
+            return  # it said itself that it was passed over
         if folder.is_dir() and str(config.hydra.mode).endswith("MULTIRUN"):
             (folder / JOB).write_text(json.dumps(record) + "\n")
 
@@ -84,8 +88,14 @@ class SweepReport(Callback):
             print(error, file=sys.stderr)
 
 
+def skip(folder: str, error: Exception) -> None:
+    """Leave word in a job's folder that it was passed over, and why."""
+    (Path(folder) / JOB).write_text(json.dumps({"status": SKIPPED, "error": str(error)}) + "\n")
+
+
 def unfinished(folder: Path) -> list[dict[str, Any]]:
-    """Jobs without a metrics.json: ``job``, ``overrides``, ``status`` (failed or interrupted), ``error``."""
+    """Jobs without a metrics.json: ``job``, ``overrides``, ``error`` and ``status`` (failed, skipped or
+    interrupted)."""
     found = []
     for hydra in sorted(folder.rglob(".hydra")):
         job = hydra.parent
@@ -97,7 +107,7 @@ def unfinished(folder: Path) -> list[dict[str, Any]]:
             {
                 "job": job.relative_to(folder).as_posix(),
                 "overrides": list(OmegaConf.load(overrides)) if overrides.is_file() else [],
-                "status": "failed" if ended.get("status") == "FAILED" else "interrupted",
+                "status": _STATUS.get(str(ended.get("status")), "interrupted"),
                 "error": ended.get("error"),
             }
         )
@@ -133,7 +143,7 @@ def report(folder: Path, console: Console) -> Path | None:
     )
     text = [f"**{table.title}**\n\n{table.to_markdown()}\n" for table in tables]
     text += [
-        "\n".join([f"{len(left)} of {len(left) + len(runs)} jobs did not finish:", "", *_lines(left)])
+        "\n".join([f"{len(left)} of {len(left) + len(runs)} jobs have no result:", "", *_lines(left)])
     ] * bool(left)
     (folder / "sweep.md").write_text("\n".join(text))
     if parts:
