@@ -276,6 +276,9 @@ class Plan:
             best = sorted((self.out / "best" / data).glob(f"*/{self.seeds[0]}/predictor.ckpt"))
             costed = ",".join(map(str, [*runs.values(), *(file.parent for file in best)]))
             settings = [*self._data(data), "cost.match=shape"]  # the best ones saw more traces than this
+            free = self.out / "free" / data
+            if (free / "metrics.json").is_file():  # recall of the free predictors, for the picture
+                settings.append(f"cost.metrics=[{free}]")
             jobs.append(self._benchmark("cost", data, settings, f"checkpoints=[{costed}]"))
             jobs.append(self._benchmark("calibration", data, self._data(data), every, *shift))
             if "router_residual" in runs:

@@ -21,7 +21,7 @@ SPLITS = ("train", "validation", "test")
 #: them the expert load collapses (see docs/LOG.md), which a study of domain shift wants and a first trace
 #: does not.
 UNSEEN_SCRIPTS = ("help_chinese", "help_japanese", "help_russian")
-#: Turned once (from 0), so that documents whose figures had been seen while tuning left the test split.
+#: Turns the circle of hashes, so that the test split holds documents that no tuning has looked at.
 _TURN = 0.65
 BUNDLED_TEXT = Path(__file__).parent / "reference" / "text"
 

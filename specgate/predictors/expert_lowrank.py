@@ -158,8 +158,9 @@ class ExpertLowRank(RouterPrior):
         return self.corrected(batch, self.carried(y_BTPHE))
 
     def flops_per_token_layer(self, context: int) -> float | None:
-        """Of the units that run, the keys and values of earlier tokens and the previous point's correction
-        being kept; only where there is something to foresee. Additions per value are left out."""
+        """Floating-point operations (a multiply-add is two) of the units that run, the keys and values of
+        earlier tokens and the previous point's correction being kept; only where there is something to
+        foresee. Additions per value are left out."""
         E, A, C, V = self.experts, self.heads, self.head_width, self.value_width
         D, token_dim = self.linear_PDF.shape[1], self.weight_out.weight.shape[1] - E
         seen = context if self.bidirectional or self.phase == "decode" else context / 2
