@@ -1,47 +1,36 @@
 """Everything that docs/RESULTS.md says of predictors, made anew: ``python -m benchmarks.zoo --out
 outputs/zoo``.
 
-Runs in stages, each a set of independent jobs, several at a time on every GPU (without one: one at a time,
-and slowly). A job whose result is there is not run again, so an interrupted run is resumed by the same
-command; a job that fails is listed at the end, with its log, and the others go on.
+Jobs run several at a time on every GPU (without one: one at a time, and slowly), each as soon as what it
+reads is there; those that are timed run last, one at a time. A job whose result is there is not run again,
+so an interrupted run is resumed by the same command; a job that fails is listed at the end, with its log,
+and the others go on.
 
-    collect    traces of the two reference models (prefill and decode), of text that olmoe_ref writes itself,
-    and,
-               if ``--shift-text`` names a folder, of text unlike theirs
+    collect    traces of the two reference models (prefill and decode), of text that olmoe_ref writes itself
+               (``--written``) and, if ``--shift-text`` names a folder, of text unlike theirs
     free       the free predictors and the oracle on every trace
     grid       every learned predictor on every trace, three seeds, the same number of steps
     best       settings of their own for two that ``docs/predictors.md`` makes claims of, on more text
     shadow     the host's own next layers at reduced precision
-    ensemble   of the grid's seeds of the most accurate predictors
-    more       calibration, uncertainty, quantisation, cost
+    ensemble   of the seeds of the most accurate predictors
+    more       calibration, uncertainty, quantisation
+    cost       time and operations of a forecast
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
-import time
-from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-ROOT = Path(__file__).parent.parent
-STAGES = ("collect", "free", "grid", "best", "shadow", "ensemble", "more")
+from benchmarks.scheduler import Job, Scheduler
+
+STAGES = ("collect", "best", "grid", "free", "shadow", "ensemble", "more", "cost")
 DATA = ("switch_ref_encoder", "switch_ref_decoder", "olmoe_ref_prefill", "olmoe_ref_decode", "gpt_oss_20b")
 TRACE = {
     "switch_ref_encoder": "switch_ref",
@@ -58,15 +47,19 @@ GROUPS = (
 """What one process trains, one after the other: it reads the trace once, and imports everything once."""
 LEARNED = tuple(model for group in GROUPS for model in group)
 ENSEMBLED = ("attention", "transformer_xl", "router_residual")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One command; ``result`` exists once it has succeeded."""
-
-    name: str
-    command: tuple[str, ...]
-    result: Path
+IDS = ("gpt_oss_20b",)
+"""Data sets without hidden states."""
+SHIFTED = {"switch_ref_encoder": "switch_ref_encoder_shift", "olmoe_ref_prefill": "olmoe_ref_shift"}
+BEST = {
+    ("olmoe_ref_prefill", "attention"): ("model.width=64", "model.regress=40.0"),
+    ("olmoe_ref_prefill", "expert_lowrank"): (
+        *("model.units=[24,12,6,6]", "model.heads=2", "model.value_width=24", "model.dropout=0.1"),
+    ),
+    ("switch_ref_encoder", "attention"): ("model.units=64", "model.regress=8.0"),
+    ("switch_ref_encoder", "expert_lowrank"): ("model.units=64", "model.heads=2", "model.dropout=0.1"),
+}
+"""Settings of stage best (docs/LOG.md says how they were found)."""
+WRITTEN_PART = 10000
 
 
 @dataclass
@@ -80,6 +73,7 @@ class Plan:
     seeds: Sequence[int] = (0, 1, 2)
     epochs: int = 6
     ids_epochs: int = 20
+    best_epochs: int = 12
     sequences: int = 20000
     decode_sequences: int = 8000
     written: int = 0
@@ -91,8 +85,56 @@ class Plan:
         jobs: list[Job] = getattr(self, f"_{stage}")()
         return jobs
 
-    def _job(self, name: str, *command: str, result: Path | None = None) -> Job:
-        return Job(name, command, result or self.out / name / "metrics.json")
+    # ------------------------------------------------------------------ traces
+
+    @property
+    def traces(self) -> Path:
+        """Where the traces are."""
+        return self.root / "traces"
+
+    def _trace(self, folder: str) -> Path:
+        return self.traces / folder / "trace.json"
+
+    def _needs(self, data: str, *folders: str) -> tuple[Path, ...]:
+        return tuple(self._trace(name) for name in (TRACE.get(data, data), *folders))
+
+    @property
+    def _written(self) -> list[str]:
+        """Names of the traces of text that olmoe_ref writes itself."""
+        return [f"olmoe_ref_written{part}" for part in range(-(-self.written // WRITTEN_PART))]
+
+    def _collect(self) -> list[Job]:
+        most = f"sequences={self.sequences}"
+        decode = ("phase=decode", f"sequences={self.decode_sequences}")
+        jobs = [
+            self._collected("switch_ref", "moe=switch_ref", most),
+            self._collected("olmoe_ref", "moe=olmoe_ref", most),
+            self._collected("olmoe_ref_decode", "moe=olmoe_ref", *decode),
+        ]
+        jobs += [self._written_and_collected(part, name) for part, name in enumerate(self._written)]
+        if self.shift_text is not None:
+            shift = ("text=directory", f"text.sources={self.shift_text}", f"sequences={self.sequences // 20}")
+            jobs += [self._collected(f"{m}_shift", f"moe={m}", *shift) for m in ("olmoe_ref", "switch_ref")]
+        used = {TRACE.get(name, name).removesuffix("_decode") for name in self.data}
+        return [job for job in jobs if any(job.name.startswith(f"collect/{name}") for name in used)]
+
+    def _collected(self, name: str, *options: str) -> Job:
+        common = ("batch_size=256", "shard_sequences=1024", "control=sample", "moe.dtype=float32")
+        command = ("collect.py", *common, f"out={self.traces / name}", *options)
+        folder = f"hydra.run.dir={self.out}/collect/{name}"
+        return Job(f"collect/{name}", (*command, folder), self._trace(name))
+
+    def _written_and_collected(self, part: int, name: str) -> Job:
+        text = self.out / "text" / f"{name}.txt.xz"
+        count = min(WRITTEN_PART, self.written - WRITTEN_PART * part)
+        write = f"{sys.executable} -m specgate.moe.generate olmoe_ref --out {text} --documents {count}"
+        files = ("text=files", f"text.sources={text}", "text.split=train", f"sequences={count}")
+        job = self._collected(name, "moe=olmoe_ref", *files)
+        read = f"{sys.executable} {' '.join(job.command)}"
+        both = f"{write} --seed {part} --batch-size 2048 && {read}"
+        return replace(job, command=("sh", "-c", both))
+
+    # ------------------------------------------------------------------ predictors
 
     def _data(self, name: str, *more: str) -> list[str]:
         """Which data set; with ``more``, on these traces besides its own."""
@@ -102,256 +144,141 @@ class Plan:
             options.append(f"data.traces=[{','.join(map(str, folders))}]")
         return options
 
-    @property
-    def traces(self) -> Path:
-        """Where the traces are."""
-        return self.root / "traces"
-
-    def _here(self, names: Iterable[str] | None = None) -> list[str]:
-        """The data sets whose traces exist."""
-        return [n for n in (names or self.data) if (self.traces / TRACE.get(n, n) / "trace.json").is_file()]
-
-    def _collected(self, name: str, *options: str) -> Job:
-        out = self.traces / name
-        common = [
-            "batch_size=256",
-            "shard_sequences=1024",
-            "control=sample",
-            "moe.dtype=float32",
-            f"out={out}",
-        ]
-        return self._job(
-            f"collect/{name}",
-            *("collect.py", *common, *options, f"hydra.run.dir={self.out}/collect/{name}"),
-            result=out / "trace.json",
-        )
-
-    def _collect(self) -> list[Job]:
-        most = f"sequences={self.sequences}"
-        jobs = [
-            self._collected("switch_ref", "moe=switch_ref", most),
-            self._collected("olmoe_ref", "moe=olmoe_ref", most),
-            self._collected(
-                "olmoe_ref_decode", "moe=olmoe_ref", "phase=decode", f"sequences={self.decode_sequences}"
-            ),
-        ]
-        if self.shift_text is not None:
-            shift = ("text=directory", f"text.sources={self.shift_text}", f"sequences={self.sequences // 20}")
-            jobs += [self._collected(f"{m}_shift", f"moe={m}", *shift) for m in ("olmoe_ref", "switch_ref")]
-        for part in range(-(-self.written // 10000)):
-            name, count = f"olmoe_ref_written{part}", min(10000, self.written - 10000 * part)
-            text = self.out / "text" / f"{name}.txt.xz"
-            write = f"-m specgate.moe.generate olmoe_ref --out {text} --documents {count} --seed {part}"
-            read = (
-                "moe=olmoe_ref",
-                "text=files",
-                f"text.sources={text}",
-                "text.split=train",
-                f"sequences={count}",
-            )
-            read_job = self._collected(name, *read)
-            both = (
-                f"{sys.executable} {write} --batch-size 2048 && {sys.executable} {' '.join(read_job.command)}"
-            )
-            jobs.append(Job(read_job.name, ("sh", "-c", both), read_job.result))
-        return jobs
-
     def _free(self) -> list[Job]:
         return [
-            self._job(
-                f"free/{name}",
-                *("benchmark.py", "mode=accuracy", *self._data(name), "data.batch_size=32"),
-                f"hydra.run.dir={self.out}/free/{name}",
-            )
-            for name in self._here()
+            self._benchmark("accuracy", data, "data.batch_size=32", name=f"free/{data}") for data in self.data
         ]
 
-    def _train(self, name: str, data: str, *options: str, more: Sequence[str] = ()) -> Job:
-        """One job for all seeds: they share the process, and with it what the GPU holds of the trace."""
-        ids = data == "gpt_oss_20b"
+    def _train(
+        self, name: str, data: str, seeds: Sequence[int], *options: str, epochs: int, more: Sequence[str] = ()
+    ) -> Job:
+        """One job for several runs: they share the process, and with it what the GPU holds of the trace."""
         command = ["train.py", "-m", "experiment=zoo", *self._data(data, *more), "logger=none"]
-        command += [
-            f"trainer.max_epochs={self.ids_epochs if ids else self.epochs}",
-            "callbacks.progress=null",
-        ]
-        command += ["data.batch_size=16"] * ids + ["trainer=cpu"] * (not self.gpu)
-        command += [f"seed={','.join(map(str, self.seeds))}", *options]
-        command += [f"hydra.sweep.dir={self.out}/{name}"]
-        if not any(option.startswith("hydra.sweep.subdir=") for option in options):
-            command.append("hydra.sweep.subdir=${seed}")
-        return self._job(name, *command, result=self.out / name / "sweep.json")
+        command += [f"trainer.max_epochs={epochs}", "callbacks.progress=null"]
+        command += ["data.batch_size=16"] * (data in IDS) + ["trainer=cpu"] * (not self.gpu)
+        command += [f"seed={','.join(map(str, seeds))}", *options, f"hydra.sweep.dir={self.out}/{name}"]
+        return Job(name, tuple(command), self.out / name / "sweep.json", self._needs(data, *more))
 
     def _grid(self) -> list[Job]:
         jobs = []
         for group in GROUPS:
             models = [model for model in group if model in self.models]
-            for data in self._here() if models else ():
-                name = f"grid/{data}/{'-'.join(models)}"
+            for data in self.data if models else ():
+                name, epochs = self._group(data, group), self.ids_epochs if data in IDS else self.epochs
                 subdir = "hydra.sweep.subdir=${hydra.runtime.choices.model}/${seed}"
-                jobs.append(self._train(name, data, f"model={','.join(models)}", subdir))
+                options = (f"model={','.join(models)}", subdir)
+                jobs.append(self._train(name, data, self.seeds, *options, epochs=epochs))
         return jobs
+
+    def _group(self, data: str, group: Sequence[str]) -> str:
+        return f"grid/{data}/{'-'.join(model for model in group if model in self.models)}"
 
     def _ensembled(self) -> list[str]:
         return [model for model in ENSEMBLED if model in self.models]
 
     def _runs(self, data: str, model: str) -> Path:
         """The folder of the grid's runs of a predictor, one per seed."""
-        group = next(group for group in GROUPS if model in group)
-        return self.out / "grid" / data / "-".join(m for m in group if m in self.models) / model
+        return self.out / self._group(data, next(group for group in GROUPS if model in group)) / model
+
+    def _best_runs(self, data: str) -> list[Path]:
+        """The folders of the runs with settings of their own."""
+        return [self.out / f"best/{data}/{model}" for name, model in BEST if name == data]
 
     def _best(self) -> list[Job]:
-        written = [path.parent.name for path in sorted(self.traces.glob("olmoe_ref_written*/trace.json"))]
-        settings = {
-            ("olmoe_ref_prefill", "attention"): ["model.width=64", "model.regress=40.0"],
-            ("olmoe_ref_prefill", "expert_lowrank"): [
-                *("model.units=[24,12,6,6]", "model.heads=2", "model.value_width=24", "model.dropout=0.1")
-            ],
-            ("switch_ref_encoder", "attention"): ["model.units=64", "model.regress=8.0"],
-            ("switch_ref_encoder", "expert_lowrank"): [
-                "model.units=64",
-                "model.heads=2",
-                "model.dropout=0.1",
-            ],
-        }
-        longer = f"trainer.max_epochs={self.epochs * 2}"
-        return [
-            self._train(
-                f"best/{data}/{model}",
-                data,
-                *(f"model={model}", *options, longer),
-                more=written if data == "olmoe_ref_prefill" else (),
-            )
-            for (data, model), options in settings.items()
-            if data in self._here()
-        ]
+        jobs = []
+        for (data, model), options in BEST.items():
+            more = self._written if data == "olmoe_ref_prefill" else []
+            for seed in self.seeds if data in self.data else ():
+                name = f"best/{data}/{model}/{seed}"
+                mine = (f"model={model}", *options, "hydra.sweep.subdir=.")
+                job = self._train(name, data, [seed], *mine, epochs=self.best_epochs, more=more)
+                jobs.append(replace(job, result=self.out / name / "metrics.json"))
+        return jobs
 
     def _shadow(self) -> list[Job]:
-        return [
-            self._job(
-                f"shadow/{data}/{experts}",
-                *(
-                    "train.py",
-                    "model=shadow",
-                    f"model.experts_run={experts}",
-                    *self._data(data),
-                    "logger=none",
-                ),
-                *("data.batch_size=32", "callbacks.progress=null", *(["trainer=gpu"] if self.gpu else [])),
-                f"hydra.run.dir={self.out}/shadow/{data}/{experts}",
-            )
-            for data in self._here()
-            if data != "gpt_oss_20b"
-            for experts in ("none", "one", "all")
-        ]
+        jobs = []
+        for data in (name for name in self.data if name not in IDS):
+            for experts in ("none", "one", "all"):
+                model = ("model=shadow", f"model.experts_run={experts}", "data.batch_size=32")
+                jobs.append(self._fitted(f"shadow/{data}/{experts}", data, model))
+        return jobs
+
+    def _fitted(self, name: str, data: str, options: Sequence[str], needs: Sequence[Path] = ()) -> Job:
+        """A run of train.py that optimises nothing."""
+        command = ("train.py", *self._data(data), *options, "logger=none", "callbacks.progress=null")
+        place = ("trainer=gpu",) if self.gpu else ()
+        run = (f"hydra.run.dir={self.out}/{name}",)
+        needed = (*self._needs(data), *needs)
+        return Job(name, (*command, *place, *run), self.out / name / "metrics.json", needed)
 
     def _ensemble(self) -> list[Job]:
         jobs = []
-        for data in self._here():
-            for model in self._ensembled():
+        for data in self.data:
+            members = {model: self._runs(data, model) for model in self._ensembled()}
+            members |= {f"best_{runs.name}": runs for runs in self._best_runs(data)}
+            for name, runs in members.items():
+                files = [runs / f"{seed}" / "predictor.ckpt" for seed in self.seeds]
                 for combine in ("mean", "stacking"):
-                    name = f"ensemble/{data}/{model}_{combine}"
-                    jobs.append(
-                        self._job(
-                            name,
-                            *("train.py", "model=ensemble", f"model.combine={combine}", *self._data(data)),
-                            *("logger=none", "data.batch_size=16", "callbacks.progress=null"),
-                            *(["trainer=gpu"] if self.gpu else []),
-                            f"model.checkpoints=[{self._runs(data, model)}]",
-                            f"hydra.run.dir={self.out}/{name}",
-                        )
-                    )
+                    model = ("model=ensemble", f"model.combine={combine}", "data.batch_size=16")
+                    options = (*model, f"model.checkpoints=[{','.join(map(str, files))}]")
+                    jobs.append(self._fitted(f"ensemble/{data}/{name}_{combine}", data, options, files))
         return jobs
 
+    # ------------------------------------------------------------------ benchmarks
+
     def _more(self) -> list[Job]:
+        jobs, first = [], str(self.seeds[0])
+        for data in self.data:
+            runs = [self._runs(data, model) / first for model in (*self._ensembled(), "expert_lowrank")]
+            runs += [run / first for run in self._best_runs(data)]
+            shifted = (f"{TRACE[data]}_shift",) if self.shift_text and data in SHIFTED else ()
+            shift = [f"shift=[{SHIFTED[data]}]"] if shifted else []
+            options = ("calibration", data, *shift)
+            jobs.append(self._benchmark(*options, checkpoints=runs, more=shifted))
+            if "router_residual" in self.models:
+                one = [self._runs(data, "router_residual") / first]
+                jobs.append(self._benchmark("quantize", data, checkpoints=one))
+            members = [self._runs(data, model) for model in self._ensembled()] + self._best_runs(data)
+            for runs_of in members if shifted else ():
+                best = "best_" if runs_of in self._best_runs(data) else ""
+                name = f"uncertainty/{data}_{best}{runs_of.name}"
+                seeds = [runs_of / str(seed) for seed in self.seeds]
+                job = self._benchmark("uncertainty", data, checkpoints=seeds, name=name, more=shifted)
+                both = (f"data=[{data},{SHIFTED[data]}]",)
+                command = tuple(c for c in job.command if c != f"data={data}") + both
+                jobs.append(replace(job, command=command))
+        return jobs
+
+    def _cost(self) -> list[Job]:
         jobs = []
-        for data in self._here():
-            runs = {m: self._runs(data, m) / str(self.seeds[0]) for m in self.models}
-            runs = {m: run for m, run in runs.items() if (run / "predictor.ckpt").is_file()}
-            if not runs:
-                continue
-            every = f"checkpoints=[{','.join(map(str, runs.values()))}]"
-            shifted = f"{data.removesuffix('_prefill')}_shift"
-            there = (self.traces / f"{TRACE.get(data, data)}_shift" / "trace.json").is_file()
-            shift = [f"shift=[{shifted}]"] if there and data in TRACE and "decoder" not in data else []
-            best = sorted((self.out / "best" / data).glob(f"*/{self.seeds[0]}/predictor.ckpt"))
-            costed = ",".join(map(str, [*runs.values(), *(file.parent for file in best)]))
-            settings = [*self._data(data), "cost.match=shape"]  # the best ones saw more traces than this
-            free = self.out / "free" / data
-            if (free / "metrics.json").is_file():  # recall of the free predictors, for the picture
-                settings.append(f"cost.metrics=[{free}]")
-            jobs.append(self._benchmark("cost", data, settings, f"checkpoints=[{costed}]"))
-            jobs.append(self._benchmark("calibration", data, self._data(data), every, *shift))
-            if "router_residual" in runs:
-                one = f"checkpoints=[{runs['router_residual']}]"
-                jobs.append(self._benchmark("quantize", data, self._data(data), one))
-            if shift:
-                for model in self._ensembled():
-                    members = f"checkpoints=[{self._runs(data, model)}]"
-                    both = [f"data=[{data},{shifted}]", *self._data(data)[1:]]
-                    job = self._benchmark("uncertainty", data, both, members, name=f"{data}_{model}")
-                    jobs.append(job)
+        for data in self.data:
+            runs = [self._runs(data, model) for model in self.models] + self._best_runs(data)
+            free = self.out / "free" / data  # recall of the free predictors, for the picture
+            # by shape, not by trace: the best ones saw more traces than this
+            options = ("cost.match=shape", f"cost.metrics=[{free}]")
+            first = [run / str(self.seeds[0]) for run in runs]
+            job = self._benchmark("cost", data, *options, checkpoints=first)
+            needs = (*job.needs, free / "metrics.json")
+            jobs.append(replace(job, needs=needs, alone=True))
         return jobs
 
     def _benchmark(
-        self, mode: str, data: str, overrides: Sequence[str], *more: str, name: str | None = None
+        self,
+        mode: str,
+        data: str,
+        *options: str,
+        checkpoints: Sequence[Path] = (),
+        name: str | None = None,
+        more: Sequence[str] = (),
     ) -> Job:
-        name = f"{mode}/{name or data}"
-        run = f"hydra.run.dir={self.out}/{name}"
-        return self._job(name, "benchmark.py", f"mode={mode}", *overrides, *more, run)
-
-
-class Scheduler:
-    """Runs jobs, ``per_gpu`` at a time on each GPU; keeps each one's output in ``<out>/logs``."""
-
-    def __init__(self, out: Path, gpus: int, per_gpu: int, console: Console) -> None:
-        self.out, self.console = out, console
-        self.places: SimpleQueue[int | None] = SimpleQueue()
-        self.workers = max(1, gpus * per_gpu)
-        for i in range(self.workers):
-            self.places.put(i % gpus if gpus else None)
-        self.failed: list[tuple[str, Path]] = []
-
-    def run(self, stage: str, jobs: Sequence[Job]) -> None:
-        """Run what has no result yet."""
-        left = [job for job in jobs if not job.result.is_file()]
-        if len(left) < len(jobs):
-            self.console.print(f"{stage}: {len(jobs) - len(left)} of {len(jobs)} jobs are done already")
-        columns = (
-            *(TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()),
-            *(TextColumn("left"), TimeRemainingColumn()),
-        )
-        with Progress(*columns, console=self.console) as bar, ThreadPoolExecutor(self.workers) as pool:
-            task = bar.add_task(stage, total=len(left))
-            waiting: set[Future[tuple[Job, int, float]]] = {pool.submit(self._one, job) for job in left}
-            while waiting:
-                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    job, code, seconds = future.result()
-                    bar.advance(task)
-                    if code or not job.result.is_file():
-                        self.failed.append((job.name, self._log(job)))
-                        self.console.print(f"{job.name} failed after {seconds:.0f} s: see {self._log(job)}")
-
-    def _log(self, job: Job) -> Path:
-        return self.out / "logs" / f"{job.name.replace('/', '-')}.log"
-
-    def _one(self, job: Job) -> tuple[Job, int, float]:
-        place, started = self.places.get(), time.perf_counter()
-        environment = dict(os.environ)
-        environment.setdefault("OMP_NUM_THREADS", "2")
-        if place is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = str(place)
-        command = job.command if job.command[0] == "sh" else (sys.executable, *job.command)
-        log = self._log(job)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w") as file:
-            file.write(" ".join(command) + "\n")
-            file.flush()
-            code = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
-            ).returncode
-        self.places.put(place)
-        return job, code, time.perf_counter() - started
+        """``benchmark.py`` on a data set; ``more``: names of further traces that it reads."""
+        name = name or f"{mode}/{data}"
+        command = ["benchmark.py", f"mode={mode}", *self._data(data), *options]
+        if checkpoints:
+            command.append(f"checkpoints=[{','.join(map(str, checkpoints))}]")
+        command.append(f"hydra.run.dir={self.out}/{name}")
+        needs = (*self._needs(data, *more), *(run / "predictor.ckpt" for run in checkpoints))
+        return Job(name, tuple(command), self.out / name / "metrics.json", needs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -359,12 +286,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description="Make all results anew.")
     parser.add_argument("--root", type=Path, default=Path("data"), help="traces are in its folder traces/")
     parser.add_argument("--out", type=Path, default=Path("outputs/zoo"))
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="first come first")
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
-    parser.add_argument("--models", nargs="+", default=list(LEARNED))
+    parser.add_argument("--models", nargs="+", choices=LEARNED, default=list(LEARNED))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--ids-epochs", type=int, default=20, help="on traces without hidden states")
+    parser.add_argument("--best-epochs", type=int, default=12, help="of stage best")
     parser.add_argument("--sequences", type=int, default=20000)
     parser.add_argument("--decode-sequences", type=int, default=8000)
     parser.add_argument(
@@ -377,15 +305,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stages, per_gpu, dry = args.pop("stages"), args.pop("per_gpu"), args.pop("dry_run")
     console, gpus = Console(), torch.cuda.device_count()
     plan = Plan(**(args | {"root": args["root"].resolve(), "out": args["out"].resolve()}), gpu=gpus > 0)
+    made = {job.result for job in plan.jobs("collect") if "collect" in stages}
+    absent = [name for name in plan.data if any(p not in made and not p.is_file() for p in plan._needs(name))]
+    for name in absent:
+        console.print(f"left out: {name}, no trace in {plan.traces} (see docs/traces.md)", soft_wrap=True)
+    plan.data = [name for name in plan.data if name not in absent]
+    jobs = [job for stage in stages for job in plan.jobs(stage)]
+    if dry:
+        for job in jobs:
+            print(job.name, *job.command)
+        return 0
     scheduler = Scheduler(plan.out, gpus, per_gpu, console)
-    for stage in stages:
-        if dry:
-            for job in plan.jobs(stage):
-                print(job.name, *job.command)
-        else:
-            scheduler.run(stage, plan.jobs(stage))
-    for name, log in scheduler.failed:
-        console.print(f"failed: {name} ({log})", style="red")
+    scheduler.run(jobs)
+    for name, why in scheduler.failed:
+        console.print(f"failed: {name} ({why})", style="red")
     return 1 if scheduler.failed else 0
 
 

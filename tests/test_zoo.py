@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from benchmarks.zoo import DATA, ENSEMBLED, LEARNED, STAGES, Job, Plan, Scheduler, main
+from benchmarks.scheduler import Job, Scheduler
+from benchmarks.zoo import ENSEMBLED, LEARNED, STAGES, Plan, main
 from specgate.predictors.registry import predictor_class
 from tests.test_configs import CONF, composed
 
 
 def plan(tmp_path: Path) -> Plan:
-    for name in (
-        "switch_ref",
-        "olmoe_ref",
-        "olmoe_ref_decode",
-        "gpt_oss_20b",
-        "olmoe_ref_written0",
-        "olmoe_ref_shift",
-    ):
-        (tmp_path / "traces" / name).mkdir(parents=True)
-        (tmp_path / "traces" / name / "trace.json").write_text("{}")
-    made = Plan(tmp_path, tmp_path / "out", written=15000, shift_text="texts")
-    for data in DATA:
-        for model in LEARNED:
-            run = made._runs(data, model) / "0"
-            run.mkdir(parents=True)
-            (run / "predictor.ckpt").touch()
-    return made
+    return Plan(tmp_path, tmp_path / "out", written=15000, shift_text="texts")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -56,6 +42,43 @@ def test_every_learned_predictor_takes_part() -> None:
     assert set(ENSEMBLED) <= set(LEARNED)
 
 
+def test_every_need_is_made_by_a_job(tmp_path: Path) -> None:
+    made = plan(tmp_path)
+    jobs = [job for stage in STAGES for job in made.jobs(stage)]
+    results = {job.result for job in jobs} | {made.traces / "gpt_oss_20b" / "trace.json"}
+    sweeps = {job.result.parent for job in jobs if job.result.name == "sweep.json"}
+    for path in {path for job in jobs for path in job.needs}:
+        run = path.parent  # of a checkpoint: <sweep>/<model>/<seed>, or the folder of a single run
+        known = path in results or run / "metrics.json" in results or run.parent.parent in sweeps
+        assert known, f"nothing makes {path}"
+
+
+def script(tmp_path: Path, name: str, code: str = "", **more: Any) -> Job:
+    """A job that notes when it starts and ends, runs ``code`` in between, and leaves its result."""
+    result = tmp_path / name / "metrics.json"
+    lines = (
+        f"import pathlib, time; log = pathlib.Path({str(tmp_path / 'order')!r}).open('a')",
+        f"log.write('start {name}\\n'); log.flush(); time.sleep(0.1)",
+        code,
+        f"p = pathlib.Path({str(result)!r}); p.parent.mkdir(); p.write_text('x')",
+        f"log.write('end {name}\\n')",
+    )
+    return Job(name, ("-c", "\n".join(lines)), result, **more)
+
+
+def test_scheduler_waits_for_needs_and_runs_timed_jobs_alone(tmp_path: Path) -> None:
+    first = script(tmp_path, "first")
+    timed = script(tmp_path, "timed", alone=True)
+    after = script(tmp_path, "after", needs=(first.result,))
+    never = script(tmp_path, "never", needs=(tmp_path / "absent",))
+    scheduler = Scheduler(tmp_path, 0, 1, Console(quiet=True))
+    scheduler.places = [None, None]
+    scheduler.run([timed, after, first, never])
+    order = (tmp_path / "order").read_text().splitlines()
+    assert order == ["start first", "end first", "start after", "end after", "start timed", "end timed"]
+    assert scheduler.failed == [("never", f"nothing made {tmp_path / 'absent'}")]
+
+
 def test_scheduler_resumes_and_lists_failures(tmp_path: Path) -> None:
     def job(name: str, code: str) -> Job:
         return Job(name, ("-c", code), tmp_path / name / "metrics.json")
@@ -72,11 +95,11 @@ def test_scheduler_resumes_and_lists_failures(tmp_path: Path) -> None:
         job("silent", "pass"),
     ]
     scheduler = Scheduler(tmp_path, 0, 1, Console(quiet=True))
-    scheduler.run("test", jobs)
+    scheduler.run(jobs)
     assert done.read_text() == "old"
     assert (tmp_path / "new" / "metrics.json").is_file()
     assert {name for name, _ in scheduler.failed} == {"broken", "silent"}
-    log = dict(scheduler.failed)["broken"].read_text()
+    log = Path(dict(scheduler.failed)["broken"]).read_text()
     assert "no such trace" in log
     assert log.startswith(sys.executable)
 
@@ -84,7 +107,8 @@ def test_scheduler_resumes_and_lists_failures(tmp_path: Path) -> None:
 def test_dry_run_says_what_would_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--dry-run", "--stages", "collect", "--root", str(tmp_path), "--out", str(tmp_path / "o")]
     assert main(arguments) == 0
-    lines = capsys.readouterr().out.splitlines()
+    told, *lines = capsys.readouterr().out.splitlines()
+    assert told.startswith("left out: gpt_oss_20b")
     assert [line.split()[0] for line in lines] == [
         "collect/switch_ref",
         "collect/olmoe_ref",
