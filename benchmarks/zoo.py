@@ -78,6 +78,7 @@ class Plan:
     decode_sequences: int = 8000
     written: int = 0
     shift_text: str | None = None
+    cost_devices: Sequence[str] | None = None
     gpu: bool = True
 
     def jobs(self, stage: str) -> list[Job]:
@@ -255,7 +256,9 @@ class Plan:
             runs = [self._runs(data, model) for model in self.models] + self._best_runs(data)
             free = self.out / "free" / data  # recall of the free predictors, for the picture
             # by shape, not by trace: the best ones saw more traces than this
-            options = ("cost.match=shape", f"cost.metrics=[{free}]")
+            options = ["cost.match=shape", f"cost.metrics=[{free}]"]
+            if self.cost_devices:
+                options.append(f"cost.devices=[{','.join(self.cost_devices)}]")
             first = [run / str(self.seeds[0]) for run in runs]
             job = self._benchmark("cost", data, *options, checkpoints=first)
             needs = (*job.needs, free / "metrics.json")
@@ -299,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--written", type=int, default=0, help="documents that olmoe_ref writes, for stage best"
     )
     parser.add_argument("--shift-text", default=None, help="a folder of text unlike the bundled one")
+    parser.add_argument("--cost-devices", nargs="+", default=None, help="cpu, cuda (all there are)")
     parser.add_argument("--per-gpu", type=int, default=4, help="jobs at a time on each GPU")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
     args = vars(parser.parse_args(arguments))

@@ -20,7 +20,7 @@ Definitions, per event, averaged over events:
 - ``mean_confidence``: mean p of the K most probable experts. The matching accuracy, the share of those K
   experts that was used, equals ``recall_at_k`` because as many are predicted as are used.
 
-Equal probabilities are ranked by ``torch.topk``.
+Equal probabilities are ranked by the expert's id, the lower first.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _ranked_scores(p_ME: Tensor, used_MK: Tensor, p_used_MK: Tensor) -> dict[str
     best if its probability is at least the K-th largest.
 
     That leaves open which of equally probable experts belong to the best where the border runs between them;
-    such events are ranked once more by ``torch.topk``.
+    such events are ranked once more, the lower id first.
     """
     experts, top_k = p_ME.shape[-1], used_MK.shape[-1]
     best_MR = _largest(p_ME, 2 * top_k + 1)
@@ -107,7 +107,8 @@ def _ranked_scores(p_ME: Tensor, used_MK: Tensor, p_used_MK: Tensor) -> dict[str
             open_M |= tied_M & (candidates_MK == border_M1).any(1)
     again_M = open_M.nonzero().flatten()
     if len(again_M):
-        order_MR = p_ME[again_M].topk(min(2 * top_k, experts), dim=-1).indices
+        order_ME = p_ME[again_M].sort(dim=-1, descending=True, stable=True).indices
+        order_MR = order_ME[:, : 2 * top_k]
         found_MKR = used_MK[again_M][:, :, None] == order_MR[:, None, :]
         hits["first"][again_M] = found_MKR[:, :1, 0]
         hits["k"][again_M] = found_MKR[:, :, :top_k].any(-1)

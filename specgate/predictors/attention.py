@@ -120,7 +120,7 @@ class Attention(RouterPrior, MLP):
     def rollout(self, batch: RoutingBatch) -> tuple[Tensor, Tensor] | None:
         """The residual stream as it is thought to enter each target's router, over the source's root mean
         square (at p = 0: over ``size``), ``[B, T, P, H, D]``, and what those routers say to it,
-        ``[B, T, P, H, E]``; None without hidden states."""
+        ``[B, T, P, H, E]``, both 0 at targets beyond the stack; None without hidden states."""
         if self.hidden_size is None or batch.hidden_BTLD is None or self.host is None:
             return None
         (B, T), L = batch.valid_BT.shape, self.layers
@@ -131,22 +131,24 @@ class Attention(RouterPrior, MLP):
             y.flatten(0, 1).transpose(0, 1) for y in (x_BTPD, self.size.clamp(min=1e-6) / rms_BTP1)
         )
         gates_PNE = points(multi_hot_BTLE(batch, self.experts, weighted=True)).flatten(0, 1).transpose(0, 1)
-        point_P = torch.arange(L + 1, device=x_PND.device)
         past_PND, streams, scores = x_PND, [], []
         for j in range(self.lookahead):
-            x_PND = x_PND + self.moe(unit(x_PND), gates_PNE, (point_P - 1 + j).clamp(0, L - 1)) * shrink_PN1
+            there = max(L - j, 0)  # source points whose target lies within the stack
+            x_PND, gates_PNE, shrink_PN1 = x_PND[:there], gates_PNE[:there], shrink_PN1[:there]
+            point_P = torch.arange(there, device=x_PND.device)
+            x_PND = x_PND + self.moe(unit(x_PND), gates_PNE, (point_P - 1 + j).clamp(min=0)) * shrink_PN1
             entered_PND = unit(x_PND)
             past_PND = past_PND if j else entered_PND
-            target_P = (point_P + j).clamp(max=L - 1)
+            target_P = point_P + j
             if self.phase == "prefill":
                 mixed_PND = self.mix(entered_PND, target_P, batch.positions_BT, batch.valid_BT)
             else:
                 mixed_PND = self.mix.onto_past(entered_PND, past_PND, target_P, batch.positions_BT)
             x_PND = x_PND + mixed_PND * shrink_PN1
-            streams.append(x_PND)
             by_token = self.host.scores(x_PND.transpose(0, 1)[None, :, :, None], target_P[:, None])
-            scores.append(by_token[0, :, :, 0].transpose(0, 1))
-            gates_PNE = self._gates(scores[-1])
+            streams.append(F.pad(x_PND, (0, 0, 0, 0, 0, L + 1 - there)))
+            scores.append(F.pad(by_token[0, :, :, 0].transpose(0, 1), (0, 0, 0, 0, 0, L + 1 - there)))
+            gates_PNE = self._gates(scores[-1][:there])
         shape = (L + 1, B, T, self.lookahead, -1)
         ahead, said = (torch.stack(y, dim=2).view(shape).permute(1, 2, 0, 3, 4) for y in (streams, scores))
         return ahead, said

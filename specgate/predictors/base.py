@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from specgate.errors import ConfigError, NotApplicableError, SpecgateError, TraceError
 from specgate.forecast import Forecast
-from specgate.predictors.schedule import WarmupCosine
+from specgate.predictors.schedule import WarmupCosine, adamw
 from specgate.traces.batch import (
     INVALID,
     WITHIN,
@@ -390,9 +390,7 @@ class Predictor(L.LightningModule):
             {"params": decayed, "weight_decay": self.hparams["weight_decay"]},
             {"params": plain, "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=self.hparams["lr"], betas=(0.9, 0.99)
-        )
+        optimizer = adamw([g for g in groups if g["params"]], lr=self.hparams["lr"], betas=(0.9, 0.99))
         steps = self.trainer.estimated_stepping_batches
         schedule = WarmupCosine(float(steps), self.hparams["warmup"])
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)

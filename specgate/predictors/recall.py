@@ -88,7 +88,10 @@ class Recall(nn.Module):
         k_BAJC = self.key(keys_BJW).view(B, J, self.heads, -1).transpose(1, 2)
         score_BATJ = (q_BATC @ k_BAJC.transpose(-1, -2)).float() * self.head_width**-0.5
         equal_BTJG = grams_BTG[:, :, None] == grams_BJG[:, None]
-        equal_BTJG = (equal_BTJG & (grams_BJG >= 0)[:, None]).long().cumprod(-1).to(score_BATJ.dtype)
+        in_a_row = [(equal_BTJG & (grams_BJG >= 0)[:, None])[..., 0]]
+        for g in range(1, equal_BTJG.shape[-1]):
+            in_a_row.append(in_a_row[-1] & equal_BTJG[..., g] & (grams_BJG[:, None, :, g] >= 0))
+        equal_BTJG = torch.stack(in_a_row, dim=-1).to(score_BATJ.dtype)
         score_BATJ = score_BATJ + torch.einsum("btjg,ag->batj", equal_BTJG, self.bonus_AG)
         age_TJ = torch.arange(J - T, J, device=score_BATJ.device)[:, None]
         age_TJ = age_TJ - torch.arange(J, device=score_BATJ.device)[None]

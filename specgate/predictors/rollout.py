@@ -167,10 +167,10 @@ class LayerAttention(nn.Module):
         (decode: they are done).
 
         Shapes:
-            past_PND: row p what entered the attention of host layer p (the last row: of none).
+            past_PND: ``[L, N, D]``, row l what entered the attention of host layer l.
         """
         q, own_k, own_v = self.heads_of(x_PND, layer_P, positions_BT)
-        every_P = torch.arange(len(past_PND), device=layer_P.device).clamp(max=len(self.qkv_LDF) - 1)
+        every_P = torch.arange(len(past_PND), device=layer_P.device)
         _, k, v = self.heads_of(past_PND, every_P, positions_BT)
         k, v = k[layer_P], v[layer_P]
         T = positions_BT.shape[1]

@@ -1,8 +1,20 @@
-"""The learning rate over a run."""
+"""The optimizer, and its learning rate over a run."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
+
+import torch
+
+
+def adamw(groups: list[dict[str, Any]], **options: Any) -> torch.optim.AdamW:
+    """AdamW (Loshchilov & Hutter, 2019, arXiv:1711.05101), one kernel where all parameters are on a GPU."""
+    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    optimizer = torch.optim.AdamW(groups, fused=fused or None, **options)
+    if fused:  # it could divide out a gradient scaler's factor itself, and Lightning then refuses to clip
+        optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 class WarmupCosine:

@@ -245,7 +245,7 @@ def history(data: RoutingDataModule, context: int, windows: int = 4) -> RoutingB
         raise ConfigError(f"no window of the trace has {context} tokens: choose a smaller cost.context")
     names = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
     joined: dict[str, Any] = {n: torch.cat([getattr(p, n) for p in parts[:windows]]) for n in names}
-    return replace(parts[0], **joined)
+    return replace(parts[0], **joined).to("cpu")  # a loader may hold its batches on a GPU
 
 
 def _cut(batch: RoutingBatch, rows: Tensor, context: int) -> RoutingBatch:

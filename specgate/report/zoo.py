@@ -203,16 +203,20 @@ class Zoo:
         return Spread.of([(value.mean - low.mean) / (high.mean - low.mean) for value in values])
 
     def cost(self, group: Group) -> Mapping[str, Any] | None:
-        """The first cost row of the predictor with these settings of its own; a row that tells none is taken
-        for the only variant of its predictor."""
+        """The cost row of the predictor with these settings of its own, with the times of all such rows (of
+        other machines); a row that tells no settings is taken for the only variant of its predictor."""
         mine = {k: v for k, v in group.runs[0]["settings"].items() if k.startswith("model.")}
+        found: list[Mapping[str, Any]] = []
         for row in self.record["cost"]:
             if row["predictor"].split(" (")[0] == group.predictor:
                 told = row.get("settings")
                 alone = told is None and group.label == group.predictor
                 if alone or (told is not None and all(told.get(k) == v for k, v in mine.items())):
-                    return dict(row)
-        return None
+                    found.append(row)
+        if not found:
+            return None
+        times = {device: us for row in reversed(found) for device, us in (row["us"] or {}).items()}
+        return {**found[0], "us": times}
 
     def unequal(self) -> list[str]:
         """Lines scored on another number of targets than most."""
@@ -293,8 +297,14 @@ def _notes(zoo: Zoo) -> list[str]:
         )
     if any(section_of(group) == "reference" for group in zoo.groups):
         notes.append("reference: runs layers of the host itself, an upper reference and no prefetcher.")
-    places = dict.fromkeys(row["hardware"] for row in zoo.record["cost"])
-    notes += [f"µs: one call at run time for 1 or 64 sequences, {place}." for place in places]
+    places: dict[str, list[str]] = {}
+    for row in zoo.record["cost"]:
+        devices = places.setdefault(row["hardware"], [])
+        devices += [device for device in row["us"] or () if device not in devices]
+    notes += [
+        f"µs {' and '.join(devices)}: one call at run time for 1 or 64 sequences, {place}."
+        for place, devices in places.items()
+    ]
     if zoo.left_out:
         notes.append(f"Left out for want of {zoo.split} scores: {', '.join(sorted(set(zoo.left_out)))}.")
     if unequal := zoo.unequal():

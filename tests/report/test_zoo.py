@@ -277,3 +277,20 @@ def test_a_variants_cost_is_the_one_with_its_settings(tmp_path: Path) -> None:
         "mlp width=8": 0.08,
         "mlp width=16": 0.16,
     }
+
+
+def test_times_of_two_machines_are_shown_together(tmp_path: Path) -> None:
+    from specgate.report.record import read_record
+
+    write_json(tmp_path / "runs" / "0" / "metrics.json", train_run("mlp", 0))
+    costs = []
+    for device, us in (("cuda", 50.0), ("cpu", 900.0)):
+        row = {"trace": "alpha", "predictor": "mlp", "share_of_host": 0.1, "us": {device: {"1": us}}}
+        costs.append(tmp_path / device)
+        write_json(costs[-1] / "metrics.json", record("benchmark.py", mode="cost", rows=[row]))
+    (path,) = store(tmp_path / "out", [tmp_path / "runs"], [], costs)
+    zoo = Zoo(read_record(path))
+    found = zoo.cost(next(group for group in zoo.groups if group.predictor == "mlp"))
+    assert found is not None
+    assert found["us"] == {"cuda": {"1": 50.0}, "cpu": {"1": 900.0}}
+    assert "µs cuda and cpu" in " ".join(zoo_table(zoo).notes)
