@@ -79,6 +79,7 @@ class Plan:
     written: int = 0
     shift_text: str | None = None
     cost_devices: Sequence[str] | None = None
+    best: bool = True
     gpu: bool = True
 
     def jobs(self, stage: str) -> list[Job]:
@@ -182,8 +183,9 @@ class Plan:
         return self.out / self._group(data, next(group for group in GROUPS if model in group)) / model
 
     def _best_runs(self, data: str) -> list[Path]:
-        """The folders of the runs with settings of their own."""
-        return [self.out / f"best/{data}/{model}" for name, model in BEST if name == data]
+        """The folders of the runs with settings of their own: planned, or there from before."""
+        runs = [self.out / f"best/{data}/{model}" for name, model in BEST if name == data]
+        return [run for run in runs if self.best or (run / f"{self.seeds[0]}" / "predictor.ckpt").is_file()]
 
     def _best(self) -> list[Job]:
         jobs = []
@@ -314,6 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in absent:
         console.print(f"left out: {name}, no trace in {plan.traces} (see docs/traces.md)", soft_wrap=True)
     plan.data = [name for name in plan.data if name not in absent]
+    plan.best = "best" in stages
     jobs = [job for stage in stages for job in plan.jobs(stage)]
     if dry:
         for job in jobs:
