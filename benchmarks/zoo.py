@@ -10,6 +10,7 @@ and the others go on.
                (``--written``) and, if ``--shift-text`` names a folder, of text unlike theirs
     free       the free predictors and the oracle on every trace
     grid       every learned predictor on every trace, three seeds, the same number of steps
+    quantized  two of them again, trained for int8 and int4 weights
     best       settings of their own for two that ``docs/predictors.md`` makes claims of, on more text
     shadow     the host's own next layers at reduced precision
     ensemble   of the seeds of the most accurate predictors
@@ -30,7 +31,7 @@ from rich.console import Console
 
 from benchmarks.scheduler import Job, Scheduler
 
-STAGES = ("collect", "best", "grid", "free", "shadow", "ensemble", "more", "cost")
+STAGES = ("collect", "best", "grid", "quantized", "free", "shadow", "ensemble", "more", "cost")
 DATA = ("switch_ref_encoder", "switch_ref_decoder", "olmoe_ref_prefill", "olmoe_ref_decode", "gpt_oss_20b")
 TRACE = {
     "switch_ref_encoder": "switch_ref",
@@ -47,6 +48,8 @@ GROUPS = (
 """What one process trains, one after the other: it reads the trace once, and imports everything once."""
 LEARNED = tuple(model for group in GROUPS for model in group)
 ENSEMBLED = ("attention", "transformer_xl", "router_residual")
+QUANTIZED = ("router_residual", "expert_lowrank")
+QUANTIZED_ON = ("olmoe_ref_prefill", "switch_ref_encoder")
 IDS = ("gpt_oss_20b",)
 """Data sets without hidden states."""
 SHIFTED = {"switch_ref_encoder": "switch_ref_encoder_shift", "olmoe_ref_prefill": "olmoe_ref_shift"}
@@ -198,6 +201,22 @@ class Plan:
                 jobs.append(replace(job, result=self.out / name / "metrics.json"))
         return jobs
 
+    def _quantized(self) -> list[Job]:
+        jobs = []
+        for data in (name for name in QUANTIZED_ON if name in self.data):
+            models = [model for model in QUANTIZED if model in self.models]
+            subdir = "hydra.sweep.subdir=${hydra.runtime.choices.model}/${callbacks.quantize.bits}"
+            options = (
+                f"model={','.join(models)}",
+                "callbacks=quantized",
+                "callbacks.quantize.bits=8,4",
+                subdir,
+            )
+            if models:
+                job = self._train(f"quantized/{data}", data, self.seeds[:1], *options, epochs=self.epochs)
+                jobs.append(job)
+        return jobs
+
     def _shadow(self) -> list[Job]:
         jobs = []
         for data in (name for name in self.data if name not in IDS):
@@ -238,9 +257,13 @@ class Plan:
             shift = [f"shift=[{SHIFTED[data]}]"] if shifted else []
             options = ("calibration", data, *shift)
             jobs.append(self._benchmark(*options, checkpoints=runs, more=shifted))
-            if "router_residual" in self.models:
-                one = [self._runs(data, "router_residual") / first]
-                jobs.append(self._benchmark("quantize", data, checkpoints=one))
+            models = [model for model in QUANTIZED if model in self.models and data in QUANTIZED_ON]
+            precisions = [self._runs(data, model) / first for model in models]
+            precisions += [
+                self.out / f"quantized/{data}/{model}/{bits}" for model in models for bits in (8, 4)
+            ]
+            if precisions:
+                jobs.append(self._benchmark("quantize", data, checkpoints=precisions))
             members = [self._runs(data, model) for model in self._ensembled()] + self._best_runs(data)
             for runs_of in members if shifted else ():
                 best = "best_" if runs_of in self._best_runs(data) else ""

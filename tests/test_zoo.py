@@ -15,6 +15,8 @@ from benchmarks.zoo import ENSEMBLED, LEARNED, STAGES, Plan, main
 from specgate.predictors.registry import predictor_class
 from tests.test_configs import CONF, composed
 
+MANY = ("seed=", "model=", "callbacks.quantize.bits=")
+
 
 def plan(tmp_path: Path) -> Plan:
     return Plan(tmp_path, tmp_path / "out", written=15000, shift_text="texts")
@@ -31,7 +33,7 @@ def test_jobs_are_commands_that_compose(stage: str, tmp_path: Path) -> None:
             command = command[2].split("&&")[1].split()[1:]
         entry = command[0].removesuffix(".py")
         overrides = [c for c in command[1:] if c != "-m" and not c.startswith("hydra.")]
-        overrides = [c.split(",")[0] if c.startswith(("seed=", "model=")) else c for c in overrides]
+        overrides = [c.split(",")[0] if c.startswith(MANY) else c for c in overrides]
         cfg = composed(CONF, entry, overrides, tmp_path)
         assert OmegaConf.is_config(cfg)
 
