@@ -131,16 +131,23 @@ class Packed(nn.Module):
 def quantisable(module: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
     """Every weight worth packing: (its module, its name there, the weight, the axis of its inputs).
 
-    All parameters of two and more axes and of at least :data:`SMALLEST` values, but biases. The inputs are
-    the last axis, but the one before it in a ``PointLinear``.
+    All parameters of two and more axes, more than one input and at least :data:`SMALLEST` values, but biases.
+    The inputs are the last axis, but the one before it in a ``PointLinear``.
     """
     for place, part in module.named_modules():
-        if not KEPT.isdisjoint(place.split(".")):
+        if not KEPT.isdisjoint(place.split(".")) or _writes_its_own_state(part):
             continue
         for name, parameter in part.named_parameters(recurse=False):
             large = parameter.dim() > 1 and parameter.numel() >= SMALLEST and parameter.is_floating_point()
-            if large and not name.startswith("bias"):
-                yield part, name, parameter, input_axis(part, name)
+            axis = input_axis(part, name)
+            if large and parameter.shape[axis] > 1 and not name.startswith("bias"):
+                yield part, name, parameter, axis
+
+
+def _writes_its_own_state(part: nn.Module) -> bool:
+    """Whether a module (torch-geometric's Linear is one) stores its weights by a method of its own, which
+    would store them unpacked."""
+    return type(part)._save_to_state_dict is not nn.Module._save_to_state_dict
 
 
 def input_axis(part: nn.Module, name: str) -> int:
@@ -176,9 +183,9 @@ def pack(module: nn.Module, bits: int, group: int = GROUP) -> None:
 def prepare_packed(module: nn.Module, state: Mapping[str, Tensor], bits: int, group: int) -> None:
     """Make room in a module for the packed weights of a checkpoint, those that ``state`` holds packed."""
     for key in state:
-        place, found, name = key.removesuffix(".original0").rpartition(_PACKED)
+        place, found, name = f".{key}".removesuffix(".original0").rpartition(_PACKED)
         if key.endswith(".original0") and found:
-            part = module.get_submodule(place)
+            part = module.get_submodule(place[1:])
             weight = getattr(part, name)
             _register(part, name, weight, input_axis(part, name), bits, group, empty=True)
     module.quantization = {"bits": bits, "group": group}  # type: ignore[assignment]

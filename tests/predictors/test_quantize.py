@@ -28,7 +28,7 @@ from specgate.predictors.quantize import (
     stored_bytes,
     unpack_nibbles,
 )
-from tests.predictors.support import fitted, loader, make_batch, make_predictor, trainer
+from tests.predictors.support import LEARNED, fitted, loader, make_batch, make_predictor, trainer
 
 
 def rows(R: int = 6, inputs: int = 70) -> Tensor:
@@ -137,6 +137,19 @@ def test_checkpoint_of_packed_weights(name: str, bits: int, tmp_path: Path) -> N
     assert 0 < spread < {8: 0.02, 4: 0.3}[bits]
     forecast = loaded.predict_next_experts(batch)
     assert forecast.p_HE.isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", sorted(LEARNED))
+def test_every_learned_predictor_is_read_back_packed(
+    name: str, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specgate.predictors.quantize.SMALLEST", 1)  # as if all of it were large
+    predictor, batch = fitted(name), make_batch()
+    pack(predictor, bits)
+    loaded = load_predictor(training.save_predictor(predictor, tmp_path / "packed.ckpt"))
+    with torch.no_grad():
+        assert torch.equal(loaded(batch), predictor(batch))
 
 
 def test_reading_packed_weights_needs_no_torchao(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
