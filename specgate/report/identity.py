@@ -17,8 +17,8 @@ from specgate.traces.schema import PHASES, SPLITS
 
 
 def trace_identity(data: RoutingDataModule, name: str) -> dict[str, Any]:
-    """What was traced: host, stack, phase, sizes per split, and the SHA-256 of each header (it covers every
-    file).
+    """What was traced: host, stack, phase, sizes per split, the SHA-256 of each header (it covers every file)
+    and of the text that is scored.
 
     Args:
         name: the trace's name in rows and tables.
@@ -52,6 +52,7 @@ def trace_identity(data: RoutingDataModule, name: str) -> dict[str, Any]:
         "sequences": sequences,
         "documents": {split: len(names) for split, names in documents.items()},
         "routing_control": [header.routing_control for header in headers],
+        "text_sha256": {split: data.text_digest(split) for split in SPLITS[1:]},
         "sha256": [hashlib.sha256((path / "trace.json").read_bytes()).hexdigest() for path in data.paths],
     }
 

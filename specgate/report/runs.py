@@ -77,6 +77,9 @@ def _natural(path: PurePath) -> list[tuple[int, int, str]]:
     return [(0, int(p), "") if p.isdigit() else (1, 0, p) for p in path.parts]
 
 
+_TRACE = ("name", "stack", "phase", "layers", "experts", "top_k", "hidden_size")
+
+
 def slim_run(record: Mapping[str, Any], source: str = "") -> Run:
     """What tables over many runs need of one metrics.json; no curves, no local paths.
 
@@ -104,10 +107,7 @@ def slim_run(record: Mapping[str, Any], source: str = "") -> Run:
         "learned": front["learned"],
         "seed": config.get("seed"),
         "settings": settings(config) if record.get("steps") else untrained(record),
-        "trace": {
-            key: trace.get(key)
-            for key in ("name", "stack", "phase", "layers", "experts", "top_k", "hidden_size", "sha256")
-        },
+        "trace": {key: trace.get(key) for key in (*_TRACE, "revision", "text_sha256", "sha256")},
         "scores": scores,
     }
 
@@ -148,9 +148,11 @@ def model_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trace_key(run: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Runs of one key were scored on the same targets."""
+    """Runs of one key were scored on the same text, as the same host's stack routed it."""
     trace = run["trace"]
-    return trace["stack"], trace["phase"], trace.get("hidden_size") is None, *trace["sha256"]
+    text = (trace.get("text_sha256") or {}).get("test")
+    scored = (*dict.fromkeys(trace["revision"]), text) if text else tuple(trace["sha256"])
+    return trace["stack"], trace["phase"], trace.get("hidden_size") is None, *scored
 
 
 def trace_name(run: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ from specgate.report.runs import (
     by_trace,
     group_runs,
     read_runs,
+    trace_key,
     trace_name,
 )
 from specgate.report.style import KIND_TITLES, ORACLE, horizon_name, slug
@@ -72,7 +73,7 @@ def store(
     scored, costs = [read_record(path) for path in accuracy], [read_record(path) for path in cost]
     paths = []
     for mine in by_trace(found).values():
-        trace = mine[0]["trace"]
+        trace = min((run["trace"] for run in mine), key=lambda trace: len(trace["sha256"]))
         ids = "-ids" if trace.get("hidden_size") is None else ""
         record = {
             "schema_version": SCHEMA_VERSION,
@@ -135,9 +136,8 @@ def cost_rows(record: Mapping[str, Any], trace: Mapping[str, Any]) -> list[dict[
 
 
 def is_trace(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two identities are of the same stack and phase of the same files, hidden states used alike."""
-    same = all(one[key] == other[key] for key in ("stack", "phase", "sha256"))
-    return same and (one.get("hidden_size") is None) == (other.get("hidden_size") is None)
+    """Whether what is scored on two traces can be compared."""
+    return trace_key({"trace": one}) == trace_key({"trace": other})
 
 
 # ---------------------------------------------------------------------- reading

@@ -153,6 +153,17 @@ class RoutingDataModule(L.LightningDataModule):
                 )
         return first
 
+    def text_digest(self, split: str) -> str | None:
+        """SHA-256 of the text that a split's windows hold (documents, token ids), however it was sharded.
+
+        Returns:
+            hexadecimal digits, or None if the split is empty.
+        """
+        try:
+            return self._open().dataset(self, split).text_digest(self.documents)
+        except TraceError:
+            return None
+
     # --- Lightning ---
 
     def setup(self, stage: str | None = None) -> None:

@@ -11,6 +11,7 @@ right neighbour are valid but not scored, so that every token of a split is scor
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,18 @@ class WindowDataset(Dataset[RoutingBatch]):
         for column in vars(self.table).values():
             digest.update(np.ascontiguousarray(column).tobytes())
         return digest.hexdigest()
+
+    def text_digest(self, documents: Sequence[str]) -> str:
+        """Equal for windows of the same text in whatever shards and order, a hash; ``documents`` names those
+        that the table counts."""
+        t, digests = self.table, []
+        views = [reader.stack(self.stack) for reader in self.readers]
+        for trace, first, length, document in zip(t.trace, t.first, t.length, t.document, strict=True):
+            ids = views[trace].gather("token_ids", np.arange(first, first + length))
+            window = hashlib.sha256(documents[document].encode() + b"\0")
+            window.update(np.ascontiguousarray(ids.astype("<i8")).tobytes())
+            digests.append(window.digest())
+        return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
     def __getitem__(self, index: int) -> RoutingBatch:
         return self.__getitems__([index])

@@ -12,7 +12,7 @@ import pytest
 from specgate.errors import SpecgateError
 from specgate.report.record import write_json
 from specgate.report.results import make
-from specgate.report.runs import Spread, group_runs, read_runs, settings
+from specgate.report.runs import Spread, by_trace, group_runs, read_runs, settings
 from specgate.report.zoo import Zoo, main, section, store, zoo_table
 
 TRACE: dict[str, Any] = {
@@ -294,3 +294,17 @@ def test_times_of_two_machines_are_shown_together(tmp_path: Path) -> None:
     assert found is not None
     assert found["us"] == {"cuda": {"1": 50.0}, "cpu": {"1": 900.0}}
     assert "µs cuda and cpu" in " ".join(zoo_table(zoo).notes)
+
+
+def test_runs_on_more_training_text_are_compared_on_the_same_test_text(tmp_path: Path) -> None:
+    from specgate.report.record import read_record
+
+    for job, (sha, digest) in enumerate((("aa", "t"), ("bb", "t"), ("cc", "u"))):
+        made = train_run("mlp", job, model={"width": job + 1, "_target_": "x.MLP"}) | {"steps": 5}
+        more = {"revision": ["host"], "text_sha256": {"validation": "v", "test": digest}}
+        made["traces"] = [made["traces"][0] | more | {"sha256": [sha] * (2 - job % 2)}]
+        write_json(tmp_path / "runs" / str(job) / "metrics.json", made)
+    runs = read_runs([tmp_path / "runs"])
+    assert [len(group) for group in by_trace(runs).values()] == [2, 1]
+    paths = store(tmp_path / "out", [tmp_path / "runs" / "0", tmp_path / "runs" / "1"])
+    assert read_record(paths[0])["trace"]["sha256"] == ["bb"], "the record names the plain trace"
