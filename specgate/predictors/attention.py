@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specgate.predictors.features import column_PH, multi_hot_BTLE, points
+from specgate.predictors.layer_experts import LayerExperts
 from specgate.predictors.mlp import MLP
-from specgate.predictors.rollout import LayerAttention, LayerExperts, unit
+from specgate.predictors.rollout import LayerAttention, unit
 from specgate.predictors.router_prior import RouterPrior
 from specgate.traces.batch import ENTRY, WITHIN, RoutingBatch, targets
 
@@ -82,7 +83,9 @@ class Attention(RouterPrior, MLP):
             L, E, D = self.layers, self.experts, self.hidden_size
             self.start_VD = nn.Embedding(self.vocab_size, D)
             nn.init.normal_(self.start_VD.weight, std=1.0 / EMBED_GAIN)
-            self.moe = LayerExperts(L, E, D, units, activation or USUAL["activation"], block_dropout)
+            self.moe = LayerExperts(
+                L, E, self.top_k, D, units, activation or USUAL["activation"], block_dropout
+            )
             self.mix = LayerAttention(
                 L,
                 D,

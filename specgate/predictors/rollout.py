@@ -1,8 +1,7 @@
 """A learned stand-in for the host's own layers, run ahead from every source point at once.
 
 Letters: B sequences, T tokens, N = B * T tokens flat, L MoE layers, P = L + 1 source points, H horizons, E
-experts per layer, D hidden size, A attention heads, C width of a head, U units per expert, W = E * U units
-per layer.
+experts per layer, D hidden size, A attention heads, C width of a head.
 
 From point p the residual stream x (the hidden state at layer p - 1, or at p = 0 an embedding of the token)
 goes through H steps; step j adds what the experts of layer m = p - 1 + j would add and then what the
@@ -25,10 +24,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from specgate.errors import ConfigError
-
-ACTIVATIONS = ("swiglu", "relu", "gelu")
-
 
 def unit(x: Tensor) -> Tensor:
     """x over its root mean square, along the last axis."""
@@ -38,44 +33,6 @@ def unit(x: Tensor) -> Tensor:
 def rows(x: Tensor, index: Tensor) -> Tensor:
     """``x[index]`` along the first axis; its gradient is added up without sorting, as indexing's would be."""
     return x.index_select(0, index)
-
-
-class LayerExperts(nn.Module):
-    """What the host's experts would add to the residual stream: units of each expert, per host layer.
-
-    Args:
-        units: U, per expert. activation: ``swiglu`` (two maps in), ``relu`` or ``gelu`` (one).
-
-    Shapes:
-        forward: x ``[P, N, D]``, gates ``[P, N, E]``, layer ``[P]`` int64 -> ``[P, N, D]``.
-
-    Raises:
-        ConfigError: for an unknown activation.
-    """
-
-    def __init__(
-        self, layers: int, experts: int, hidden: int, units: int, activation: str, dropout: float
-    ) -> None:
-        super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ConfigError(f"activation={activation!r} is unknown: choose one of {', '.join(ACTIVATIONS)}")
-        self.units, self.activation, self.drop = units, activation, nn.Dropout(dropout)
-        wide, bound = experts * units, 1 / math.sqrt(hidden)
-        maps = 2 if activation == "swiglu" else 1
-        self.into_LDW = nn.Parameter(torch.empty(layers, hidden, maps * wide).uniform_(-bound, bound))
-        self.bias_LW = nn.Parameter(torch.zeros(layers, maps * wide))
-        self.out_LWD = nn.Parameter(torch.zeros(layers, wide, hidden))
-
-    def forward(self, x_PND: Tensor, gates_PNE: Tensor, layer_P: Tensor) -> Tensor:
-        bias_P1W = rows(self.bias_LW, layer_P)[:, None]
-        into = torch.baddbmm(bias_P1W, x_PND, rows(self.into_LDW, layer_P))
-        if self.activation == "swiglu":
-            left, right = into.chunk(2, dim=-1)
-            units = F.silu(left) * right
-        else:
-            units = F.relu(into) if self.activation == "relu" else F.gelu(into)
-        gated = self.drop(units).unflatten(-1, (-1, self.units)) * gates_PNE[..., None].to(units.dtype)
-        return torch.bmm(gated.flatten(-2), rows(self.out_LWD, layer_P))
 
 
 class LayerAttention(nn.Module):

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from specgate.errors import ConfigError
 from specgate.predictors.attention import FORMS, USUAL, Attention
-from specgate.predictors.rollout import LayerAttention, LayerExperts, unit
+from specgate.predictors.layer_experts import LayerExperts
+from specgate.predictors.rollout import LayerAttention, unit
 from specgate.traces.batch import WITHIN
 from tests.predictors.support import SMALL, fitted, make_batch, make_predictor
 
@@ -31,31 +32,71 @@ def test_untrained_it_says_what_the_router_says(phase: str) -> None:
     torch.testing.assert_close(a[batch.valid_BT], b[batch.valid_BT], rtol=1e-4, atol=1e-4)
 
 
-def test_experts_equal_a_loop_over_experts() -> None:
+@pytest.mark.parametrize("activation", ["swiglu", "relu", "gelu"])
+def test_experts_equal_a_loop_over_experts(activation: str) -> None:
     torch.manual_seed(0)
-    units, N = 4, 5
-    for activation in ("swiglu", "relu", "gelu"):
-        module = LayerExperts(L, E, D, units, activation, 0.0)
-        torch.nn.init.normal_(module.out_LWD)
-        torch.nn.init.normal_(module.bias_LW)
-        x_PND, gates_PNE = torch.randn(2, N, D), torch.rand(2, N, E)
-        layer_P = torch.tensor([2, 0])
-        out = module(x_PND, gates_PNE, layer_P)
-        for p, layer in enumerate(layer_P.tolist()):
-            for n in range(N):
-                want = torch.zeros(D)
-                y = x_PND[p, n] @ module.into_LDW[layer] + module.bias_LW[layer]
-                for e in range(E):
-                    mine = slice(e * units, (e + 1) * units)
-                    if activation == "swiglu":
-                        left, right = y[: E * units][mine], y[E * units :][mine]
-                        hidden = left * torch.sigmoid(left) * right
-                    else:
-                        hidden = F.relu(y[mine]) if activation == "relu" else F.gelu(y[mine])
-                    want = want + gates_PNE[p, n, e] * hidden @ module.out_LWD[layer][mine]
-                torch.testing.assert_close(out[p, n], want, rtol=1e-4, atol=1e-5)
+    units, N, K = 4, 5, 2
+    module = LayerExperts(L, E, K, D, units, activation, 0.0)
+    torch.nn.init.normal_(module.out_LEUD)
+    x_PND, layer_P = torch.randn(2, N, D, requires_grad=True), torch.tensor([2, 0])
+    gates_PNE = torch.zeros(2, N, E).scatter_(-1, torch.rand(2, N, E).topk(K).indices, torch.rand(2, N, K))
+    gates_PNE[0, 1] = 0.0  # before the first layer no expert is known
+    gates_PNE.requires_grad_()
+    want = torch.zeros(2, N, D)
+    for p, layer in enumerate(layer_P.tolist()):
+        for n in range(N):
+            for e in range(E):
+                y = x_PND[p, n] @ module.into_LEDM[layer, e]
+                if activation == "swiglu":
+                    hidden = y[:units] * torch.sigmoid(y[:units]) * y[units:]
+                else:
+                    hidden = F.relu(y) if activation == "relu" else F.gelu(y)
+                want[p, n] += gates_PNE[p, n, e] * hidden @ module.out_LEUD[layer, e]
+    places = [*module.parameters(), x_PND]
+    mix = torch.randn(2, N, D)
+    expected = torch.autograd.grad((want * mix).sum(), [*places, gates_PNE])
+    used = gates_PNE != 0
+    for way in (module.dense, module.grouped):
+        found = way(x_PND, gates_PNE, layer_P)
+        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+        *grads, gate_grad = torch.autograd.grad((found * mix).sum(), [*places, gates_PNE])
+        torch.testing.assert_close(grads, list(expected[:-1]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gate_grad[used], expected[-1][used], rtol=1e-4, atol=1e-5)
+
+
+def test_experts_are_sorted_for_many_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = LayerExperts(L, E, 2, D, 4, "swiglu", 0.0)
+    torch.nn.init.normal_(module.out_LEUD)
+    x_PND, gates_PNE, layer_P = torch.randn(2, 8, D), torch.rand(2, 8, E), torch.tensor([2, 0])
+    gates_PNE = torch.where(gates_PNE >= gates_PNE.topk(2).values[..., -1:], gates_PNE, 0.0)
+    ran = []
+    monkeypatch.setattr(module, "grouped", lambda *a: (ran.append("grouped"), module.dense(*a))[1])
+    module(x_PND, gates_PNE, layer_P)
+    assert ran == []
+    monkeypatch.setattr("specgate.predictors.layer_experts.FEW", 8)
+    module(x_PND, gates_PNE, layer_P)
+    assert ran == ["grouped"]
     with pytest.raises(ConfigError, match="activation='tanh' is unknown"):
-        LayerExperts(L, E, D, units, "tanh", 0.0)
+        LayerExperts(L, E, 2, D, 4, "tanh", 0.0)
+
+
+@pytest.mark.gpu
+def test_experts_sorted_on_a_gpu_equal_all_of_them() -> None:
+    torch.manual_seed(0)
+    module = LayerExperts(4, 32, 4, 128, 48, "swiglu", 0.0).cuda()
+    torch.nn.init.normal_(module.out_LEUD, std=0.1)
+    x_PND, layer_P = torch.randn(5, 512, 128, device="cuda"), torch.tensor([0, 0, 1, 2, 3], device="cuda")
+    gates_PNE = torch.rand(5, 512, 32, device="cuda")
+    gates_PNE = torch.where(gates_PNE >= gates_PNE.topk(4).values[..., -1:], gates_PNE, 0.0)
+    found = []
+    with torch.autocast("cuda", torch.bfloat16):
+        assert module._pays(x_PND)
+        for way in (module.dense, module.grouped):
+            y = way(x_PND, gates_PNE, layer_P)
+            found.append([y, *torch.autograd.grad(y.float().square().sum(), list(module.parameters()))])
+    for dense, grouped in zip(*found, strict=True):
+        error = (dense.float() - grouped.float()).norm() / dense.float().norm()
+        assert error < 0.02, "no further apart than bfloat16 rounds"
 
 
 def test_looking_onto_the_past_equals_a_plain_forward_when_the_past_is_the_same_stream() -> None:
@@ -93,7 +134,7 @@ def test_a_host_of_its_own_form_is_learnt_to_the_last_digit() -> None:
     torch.manual_seed(0)
     model = make_predictor("attention", "prefill", K=2, **(SMALL["attention"] | {"width": 8})).eval()
     assert isinstance(model, Attention)
-    for weight in (model.moe.out_LWD, model.mix.out_LFD):
+    for weight in (model.moe.out_LEUD, model.mix.out_LFD):
         torch.nn.init.normal_(weight, std=0.3)
     model.size.fill_(1.0)
     assert model.host is not None
