@@ -278,16 +278,15 @@ class Plan:
     def _cost(self) -> list[Job]:
         jobs = []
         for data in self.data:
-            runs = [self._runs(data, model) for model in self.models] + self._best_runs(data)
-            free = self.out / "free" / data  # recall of the free predictors, for the picture
-            # by shape, not by trace: the best ones saw more traces than this
-            options = ["cost.match=shape", f"cost.metrics=[{free}]"]
+            best = {model: options for (name, model), options in BEST.items() if name == data}
+            models = [
+                *self.models,
+                *(" ".join([m, *(o[6:] for o in options)]) for m, options in best.items()),
+            ]
+            options = [f"cost.models=[{','.join(map(_quoted, models))}]"]  # weights do not matter to it
             if self.cost_devices:
                 options.append(f"cost.devices=[{','.join(self.cost_devices)}]")
-            first = [run / str(self.seeds[0]) for run in runs]
-            job = self._benchmark("cost", data, *options, checkpoints=first)
-            needs = (*job.needs, free / "metrics.json")
-            jobs.append(replace(job, needs=needs, alone=True))
+            jobs.append(replace(self._benchmark("cost", data, *options), alone=True))
         return jobs
 
     def _benchmark(
@@ -307,6 +306,11 @@ class Plan:
         command.append(f"hydra.run.dir={self.out}/{name}")
         needs = (*self._needs(data, *more), *(run / "predictor.ckpt" for run in checkpoints))
         return Job(name, tuple(command), self.out / name / "metrics.json", needs)
+
+
+def _quoted(text: str) -> str:
+    """As one value of a list on Hydra's command line."""
+    return f"'{text}'" if set(text) & set(" =[],") else text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

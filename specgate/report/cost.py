@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from specgate.calibration.load import find_checkpoint, load_predictor
-from specgate.errors import ConfigError, SpecgateError
+from specgate.errors import ConfigError, NotApplicableError, SpecgateError
 from specgate.metrics.flops import count_flops
 from specgate.metrics.timing import Timing, as_cuda_graph, time_interleaved
 from specgate.moe.flops import LayerFlops, layer_flops
@@ -34,7 +35,7 @@ from specgate.report.record import FILE_NAME, read_record
 from specgate.report.runs import model_settings
 from specgate.traces.batch import RoutingBatch
 from specgate.traces.datamodule import RoutingDataModule
-from specgate.training import norm_eps
+from specgate.training import build_predictor, norm_eps
 
 
 @dataclass
@@ -43,10 +44,11 @@ class CostSettings:
 
     Attributes:
         checkpoints: ``.ckpt`` files or directories of runs.
+        models: configurations to cost untrained, by label: what a call costs does not depend on its weights.
         free: names of free predictors to cost besides (made, not fitted: what a call costs is the same).
         metrics: metrics.json files (or their directories) with recalls of those, and of checkpoints without
         a run. match: see ``AccuracySettings``.
-        lookahead: horizons of the free predictors.
+        lookahead: horizons of the free and the untrained predictors.
         context: tokens of history that a call sees.
         batch_sizes: sequences per call.
         layer: the layer that a call foresees from; None: the middle one.
@@ -56,6 +58,7 @@ class CostSettings:
     """
 
     checkpoints: Sequence[str] = ()
+    models: Mapping[str, Any] = field(default_factory=dict)
     free: Sequence[str] = ("router_lookahead",)
     metrics: Sequence[str] = ()
     match: str = "trained"
@@ -104,6 +107,12 @@ def measure(
             if predictor is not None:
                 found[free] = (predictor, None)
         found |= {named[file]: (load_predictor(file), file) for file in named if name in plan[file]}
+        for label, config in settings.models.items():
+            try:
+                fresh = build_predictor(OmegaConf.create(config), data, settings.lookahead)
+                found[label] = (fresh.eval().requires_grad_(False), None)
+            except NotApplicableError as error:
+                console.print(f"{name}: {label} is left out: {error}", soft_wrap=True, highlight=False)
         console.print(f"{name}: {len(found)} predictors on {', '.join(devices)}", highlight=False)
         rows += cost_rows(name, data, found, settings, devices, host)
         identities.append(trace_identity(data, name))
@@ -144,6 +153,8 @@ def cost_rows(
         row |= {"context": settings.context, "layer": layer} | operations(predictor, window, layer, host)
         row |= {"fast_step": type(predictor).step_logits is not Predictor.step_logits}
         row |= training_of(file) | recall
+        if label in settings.models:
+            row["settings"] = model_settings({"model": settings.models[label]})
         row |= {"us": {}, "how": {}}
         rows.append(row)
     for device in devices:

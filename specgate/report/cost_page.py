@@ -120,13 +120,15 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 def pareto(rows: Sequence[Row], trace: str) -> Figure | None:
     """recall@K against time and operations, a row of panels per horizon; None where no recall is known."""
-    mine = select(rows, trace=trace)
+    mine = [row for row in select(rows, trace=trace) if horizons_in([row])]
     horizons = horizons_in(mine)
     if not horizons:
         return None
-    times = list(mine[0]["us"])
+    times = list(dict.fromkeys(device for row in mine for device in row["us"]))
     columns = [
-        (f"us_{d}_{next(iter(mine[0]['us'][d]))}", f"µs per call, {_device(d)}, one sequence") for d in times
+        (f"us_{d}_1", f"µs per call, {_device(d)}, one sequence")
+        for d in times
+        if any(row.get(f"us_{d}_1") for row in mine)
     ]
     columns.append(("flops_per_token_layer", "operations per token and layer"))
     names = [row["predictor"] for row in mine]
@@ -134,7 +136,11 @@ def pareto(rows: Sequence[Row], trace: str) -> Figure | None:
     for i, h in enumerate(horizons):
         for j, (column, title) in enumerate(columns):
             _panel(
-                axes[i, j], [row for row in mine if f"recall_n{h}" in row and row[column]], column, h, names
+                axes[i, j],
+                [row for row in mine if f"recall_n{h}" in row and row.get(column)],
+                column,
+                h,
+                names,
             )
             if i == len(horizons) - 1:
                 axes[i, j].set_xlabel(title, fontsize=9)

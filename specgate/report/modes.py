@@ -9,6 +9,7 @@ from typing import Any
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -38,7 +39,23 @@ def cost(
 ) -> dict[str, Any]:
     """What a forecast costs (``specgate.report.cost``)."""
     values: Any = OmegaConf.to_container(cfg.cost, resolve=True)
+    values["models"] = dict(model_config(line) for line in values["models"])
     return measure(CostSettings(**values), traces, console)
+
+
+def model_config(line: str) -> tuple[str, dict[str, Any]]:
+    """``attention width=64`` -> its label, ``attention (width=64)``, and conf/model's settings so changed.
+
+    Raises:
+        ConfigError: if there is no such model or setting.
+    """
+    name, *options = line.split()
+    try:
+        cfg = compose("train", overrides=[f"model={name}", *(f"model.{option}" for option in options)])
+    except HydraException as error:
+        raise ConfigError(f"cost.models names {line!r}: {' '.join(str(error).split())[:200]}") from None
+    values: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    return (f"{name} ({' '.join(options)})" if options else name), values
 
 
 def quantize(

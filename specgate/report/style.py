@@ -36,9 +36,20 @@ _LOOKS = {
     "mlp": Look("#CC6677", "h"),
     "router_residual": Look("#332288", "*"),
     "hierarchical": Look("#EE7733", "H"),
+    "gnn": Look("#0077BB", "p"),
+    "transformer_xl": Look("#CC3311", ">"),
+    "seq2seq": Look("#33BBEE", "<"),
+    "meta_moe": Look("#AAAA00", "8"),
+    "attention": Look("#000000", "o"),
+    "expert_lowrank": Look("#EE3377", "s"),
+    "ensemble": Look("#225522", "D"),
+    "shadow": Look("#BBBBBB", "^"),
     ORACLE: Look("#000000", "_", "--"),
 }
-_SPARE = (Look("#88CCEE", "<"), Look("#661100", ">"), Look("#6699CC", "p"), Look("#DDCC77", "8"))
+_SPARE = (
+    *(Look("#88CCEE", "v"), Look("#661100", "^"), Look("#6699CC", "s"), Look("#DDCC77", "D")),
+    *(Look("#997700", "X"), Look("#994455", "P"), Look("#004488", "h"), Look("#6F4C9B", "*")),
+)
 
 KIND_TITLES = {
     "within": "same token",

@@ -17,127 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from specgate.errors import SpecgateError
+from specgate.report.cost_page import pareto
 from specgate.report.dots import dot_plot
-from specgate.report.record import SCHEMA_VERSION, describe_hardware, read_record, write_json
-from specgate.report.runs import (
-    SCORES,
-    WITHIN,
-    Group,
-    Run,
-    Spread,
-    all_horizons,
-    by_trace,
-    group_runs,
-    read_runs,
-    trace_key,
-    trace_name,
-)
-from specgate.report.style import KIND_TITLES, ORACLE, horizon_name, slug
+from specgate.report.record import describe_hardware
+from specgate.report.runs import WITHIN, Group, Spread, all_horizons, group_runs, trace_name
+from specgate.report.style import KIND_TITLES, ORACLE, horizon_name
 from specgate.report.tables import Table
+from specgate.report.zoo_store import KIND, store
 
-KIND = "zoo"
 REFERENCES = ("shadow",)
 FROM = "router_lookahead"
 SECTIONS = ("free", "learned", "reference", ORACLE)
-_COST = (
-    "settings",
-    "predictor",
-    "precision",
-    "parameters",
-    "bytes",
-    "flops_per_token_layer",
-    "share_of_host",
-    "us",
-)
-
-
-# ---------------------------------------------------------------------- storing
-
-
-def store(
-    folder: Path,
-    runs: Sequence[str | Path],
-    accuracy: Sequence[str | Path] = (),
-    cost: Sequence[str | Path] = (),
-) -> list[Path]:
-    """Write ``folder/zoo-<trace>.json`` for every trace that the runs were scored on.
-
-    Raises:
-        SpecgateError: if the runs cannot be read, or there are none.
-    """
-    found = read_runs(runs)
-    if not found:
-        raise SpecgateError(
-            f"no run of train.py in {', '.join(map(str, runs))}: give folders or .tar.gz of runs"
-        )
-    scored, costs = [read_record(path) for path in accuracy], [read_record(path) for path in cost]
-    paths = []
-    for mine in by_trace(found).values():
-        trace = min((run["trace"] for run in mine), key=lambda trace: len(trace["sha256"]))
-        ids = "-ids" if trace.get("hidden_size") is None else ""
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "kind": KIND,
-            "trace": trace,
-            "runs": [
-                {**run, "settings": few} for run, few in zip(mine, differing_settings(mine), strict=True)
-            ],
-            "others": [one for whole in scored for one in others(whole, trace)],
-            "cost": [one for whole in costs for one in cost_rows(whole, trace)],
-        }
-        paths.append(
-            folder / f"zoo-{slug('-'.join((trace['name'], trace['stack'], trace['phase'])))}{ids}.json"
-        )
-        write_json(paths[-1], record)
-    return paths
-
-
-def differing_settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Each run's settings without those that all runs share, so that groups stay the same."""
-    every = sorted({key for run in runs for key in run["settings"]})
-    kept = [key for key in every if len({repr(run["settings"].get(key, "absent")) for run in runs}) > 1]
-    return [{key: run["settings"][key] for key in kept if key in run["settings"]} for run in runs]
-
-
-def others(record: Mapping[str, Any], trace: Mapping[str, Any]) -> list[Run]:
-    """The predictors of a benchmark on this trace, as runs of no seed."""
-    same = [t for t in record["traces"] if is_trace(t, trace)]
-    found: dict[str, Run] = {}
-    for row in record["rows"]:
-        if not any(row["trace"] == t["name"] for t in same):
-            continue
-        run = found.setdefault(
-            row["predictor"],
-            {
-                "source": "benchmark",
-                **{key: record[key] for key in ("command", "git", "hardware", "wall_seconds")},
-                **dict.fromkeys(("training_seconds", "steps", "tokens_seen", "pruned", "parameters", "seed")),
-                "predictor": row["predictor"],
-                "learned": row["learned"],
-                "settings": {},
-                "trace": dict(trace),
-                "scores": {},
-            },
-        )
-        kinds = run["scores"].setdefault(row["split"], {}).setdefault(row["kind"], {})
-        kinds[str(row["horizon"])] = {name: row[name] for name in SCORES if name in row}
-    return list(found.values())
-
-
-def cost_rows(record: Mapping[str, Any], trace: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What forecasts on this trace cost, by predictor."""
-    names = {t["name"] for t in record["traces"] if is_trace(t, trace)}
-    hardware = describe_hardware(record["hardware"])
-    return [
-        {**{key: row.get(key) for key in _COST}, "hardware": hardware}
-        for row in record["rows"]
-        if row["trace"] in names
-    ]
-
-
-def is_trace(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether what is scored on two traces can be compared."""
-    return trace_key({"trace": one}) == trace_key({"trace": other})
 
 
 # ---------------------------------------------------------------------- reading
@@ -349,7 +239,10 @@ def section(name: str, record: Mapping[str, Any]) -> list[str]:
     for table in (zoo_table(zoo), kinds_table(zoo)):
         if table is not None:
             lines += [f"**{table.title}**", "", table.to_markdown(), ""]
-    return [*lines, f"![{zoo.name}: recall of every predictor](images/{name}.png)", ""]
+    lines += [f"![{zoo.name}: recall of every predictor](images/{name}.png)", ""]
+    if priced(zoo):
+        lines += [f"![{zoo.name}: recall against cost](images/{name}-cost.png)", ""]
+    return lines
 
 
 def draw(record: Mapping[str, Any], path: Path) -> Path:
@@ -366,11 +259,39 @@ def draw(record: Mapping[str, Any], path: Path) -> Path:
     return path
 
 
+def priced(zoo: Zoo) -> list[dict[str, Any]]:
+    """Rows of recall and cost, as ``cost_page.pareto`` takes them, of every group that has both."""
+    rows = []
+    for group in zoo.groups:
+        row, name = zoo.cost(group), {"predictor": group.label, "trace": zoo.name}
+        recalls = {f"recall_n{h}": s.mean for h in zoo.horizons if (s := zoo.score(group, h))}
+        if row and recalls:
+            times = {f"us_{device}_{b}": t for device, us in row["us"].items() for b, t in us.items()}
+            about = {key: zoo.record["trace"][key] for key in ("stack", "phase")}
+            rows.append({**row, **about, **name, **recalls, **times})
+    return rows
+
+
+def draw_costs(record: Mapping[str, Any], path: Path) -> Path | None:
+    """Recall against time and operations; None if no cost is known."""
+    zoo = Zoo(record)
+    rows = priced(zoo)
+    drawn = pareto(rows, zoo.name) if rows else None
+    if drawn is None:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, metadata={"Software": None})
+    return path
+
+
 def draw_all(records: Mapping[str, Mapping[str, Any]], folder: Path) -> list[Path]:
     """The pictures of all zoo records, as ``folder/<name>.png``."""
-    return [
-        draw(record, folder / f"{name}.png") for name, record in sorted(records.items()) if is_zoo(record)
-    ]
+    found = []
+    for name, record in sorted(records.items()):
+        if is_zoo(record):
+            costs = draw_costs(record, folder / f"{name}-cost.png")
+            found += [draw(record, folder / f"{name}.png"), *([costs] if costs else [])]
+    return found
 
 
 def is_zoo(record: Mapping[str, Any]) -> bool:

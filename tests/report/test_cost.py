@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -19,7 +20,7 @@ from specgate.predictors.base import Predictor
 from specgate.predictors.quantize import pack
 from specgate.report.cost import CostSettings, history, make_free, measure, time_steps, weights_in
 from specgate.report.cost_page import frontier
-from specgate.report.modes import run_mode
+from specgate.report.modes import model_config, run_mode
 from specgate.report.publish import publish
 from specgate.report.record import Run, read_record
 from specgate.traces.datamodule import RoutingDataModule
@@ -217,3 +218,20 @@ def test_weights_are_counted_alike_packed_or_not(data: RoutingDataModule) -> Non
     whole = weights_in(predictor)
     pack(predictor, 8)
     assert weights_in(predictor) == whole == sum(p.numel() for p in residual(data).parameters())
+
+
+def test_untrained_models_cost_what_trained_ones_do(data: RoutingDataModule, record: dict[str, Any]) -> None:
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        models = dict(model_config(line) for line in ("router_residual width=64 heads=2", "mlp"))
+        with pytest.raises(ConfigError, match=r"cost.models names 'nothing'"):
+            model_config("nothing")
+    assert list(models) == ["router_residual (width=64 heads=2)", "mlp"]
+    settings = CostSettings(models=models, context=T, batch_sizes=[1], devices=["cpu"], repeats=3)
+    rows = {row["predictor"]: row for row in measure(settings, {"olmoe": data})["rows"]}
+    assert list(rows) == ["router_lookahead", *models]
+    mine = rows["router_residual (width=64 heads=2)"]
+    trained = next(row for row in record["rows"] if row["predictor"].startswith("router_residual"))
+    for name in ("parameters", "flops_per_token_layer", "flops_of_a_call", "share_of_host"):
+        assert mine[name] == trained[name], name
+    assert mine["settings"]["model.width"] == 64
+    assert mine["training_seconds"] is None

@@ -13,7 +13,8 @@ from specgate.errors import SpecgateError
 from specgate.report.record import write_json
 from specgate.report.results import make
 from specgate.report.runs import Spread, by_trace, group_runs, read_runs, settings
-from specgate.report.zoo import Zoo, main, section, store, zoo_table
+from specgate.report.zoo import Zoo, draw_all, main, section, zoo_table
+from specgate.report.zoo_store import store
 
 TRACE: dict[str, Any] = {
     "name": "alpha", "stack": "decoder", "phase": "prefill", "layers": 4, "experts": 8, "top_k": 2,
@@ -294,6 +295,9 @@ def test_times_of_two_machines_are_shown_together(tmp_path: Path) -> None:
     assert found is not None
     assert found["us"] == {"cuda": {"1": 50.0}, "cpu": {"1": 900.0}}
     assert "µs cuda and cpu" in " ".join(zoo_table(zoo).notes)
+    pictures = draw_all({path.stem: read_record(path)}, tmp_path / "images")
+    assert [picture.name for picture in pictures] == [f"{path.stem}.png", f"{path.stem}-cost.png"]
+    assert f"images/{path.stem}-cost.png" in "\n".join(section(path.stem, read_record(path)))
 
 
 def test_runs_on_more_training_text_are_compared_on_the_same_test_text(tmp_path: Path) -> None:

@@ -15,14 +15,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from torch import Tensor
 
 from specgate.errors import TraceError
-from specgate.moe.batches import Settings as PrefillSettings
-from specgate.moe.collection import collect
-from specgate.moe.hosts import load_host
-from specgate.moe.text import load_documents
 from specgate.traces.batch import RoutingBatch, StackSpec, targets
 from specgate.traces.datamodule import RoutingDataModule
 from specgate.traces.reader import TraceReader
@@ -403,21 +398,3 @@ def test_lightning_runs_it_and_leaves_the_test_split_locked(
         trainer.test(model, dm, verbose=False)
     assert model.tokens["test"] == total[2]
     assert "locked test split" in caplog.text
-
-
-def test_text_digest_is_the_texts_and_not_the_shards(
-    tiny_traces: dict[str, Path], tiny_olmoe: Path, tiny_text: Path, tmp_path: Path
-) -> None:
-    trace = tiny_traces["olmoe"]
-    data = RoutingDataModule(trace, window=16)
-    digests = {split: data.text_digest(split) for split in SPLITS}
-    assert len(set(digests.values())) == len(SPLITS)
-    assert RoutingDataModule(trace, window=8).text_digest("test") != digests["test"]
-    assert RoutingDataModule(trace, window=16, max_sequences=1).text_digest("test") != digests["test"]
-    assert RoutingDataModule(trace, window=16, everything=True).text_digest("train") is None
-    again = PrefillSettings(phase="prefill", sequences=96, length=32, batch_size=8, shard_sequences=16)
-    host = load_host(str(tiny_olmoe), device="cpu")
-    collect(host, load_documents(tiny_text), again, tmp_path / "again", Console(quiet=True))
-    other = RoutingDataModule(tmp_path / "again", window=16)
-    assert len(other.readers[0].header.shards) != len(data.readers[0].header.shards)
-    assert {split: other.text_digest(split) for split in SPLITS} == digests
