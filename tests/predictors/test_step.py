@@ -18,7 +18,10 @@ from specgate.predictors.router_lookahead import RouterLookahead
 from specgate.traces.batch import INVALID, RoutingBatch
 from tests.predictors.support import LAYERS, fitted, make_batch, make_routers, variants
 
-FAST = ("router_lookahead", "router_mean_expert", "mlp", "router_residual", "token_table", "markov2")
+FAST = (
+    *("router_lookahead", "router_mean_expert", "mlp", "router_residual", "token_table", "markov2"),
+    "expert_lowrank",
+)
 
 
 def last_point(predictor: Predictor, batch: RoutingBatch, layer: int) -> Tensor:
@@ -55,6 +58,20 @@ def test_step_of_a_deep_mlp_that_looks_past_the_next_token(phase: str, hidden: b
             found_BHE = predictor.step_logits(batch, layer)
         expected_BHE = last_point(predictor, batch, layer)
         torch.testing.assert_close(found_BHE[:, there_H], expected_BHE[:, there_H], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"reuse": False}, {"shift": False, "heads": 0}, {"units": [4, 2]}])
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_step_of_other_low_rank_forms(phase: str, options: dict[str, Any]) -> None:
+    for more in ({}, {"bidirectional": True}) if phase == "prefill" else ({},):
+        predictor = fitted("expert_lowrank", phase, lookahead=5, shared=3, **options, **more)
+        batch = make_batch(phase, seed=3)
+        for layer in range(-1, LAYERS):
+            there_H = predictor.kinds[layer + 1] != INVALID
+            with torch.no_grad():
+                found_BHE = predictor.step_logits(batch, layer)[:, there_H]
+            expected_BHE = last_point(predictor, batch, layer)[:, there_H]
+            torch.testing.assert_close(found_BHE, expected_BHE, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", FAST)
