@@ -10,8 +10,8 @@ and the others go on.
                (``--written``) and, if ``--shift-text`` names a folder, of text unlike theirs
     free       the free predictors and the oracle on every trace
     grid       every learned predictor on every trace, three seeds, the same number of steps
-    quantized  two of them again, trained for int8 and int4 weights
-    best       settings of their own for two that ``docs/predictors.md`` makes claims of, on more text
+    quantized  two of them again, in float32 and trained for int8 and int4 weights
+    best       the most accurate on each trace, and the best cheap one, trained longer and on more text
     shadow     the host's own next layers at reduced precision
     ensemble   of the seeds of the most accurate predictors
     more       calibration, uncertainty, quantisation
@@ -50,18 +50,41 @@ LEARNED = tuple(model for group in GROUPS for model in group)
 ENSEMBLED = ("attention", "transformer_xl", "router_residual")
 QUANTIZED = ("router_residual", "expert_lowrank")
 QUANTIZED_ON = ("olmoe_ref_prefill", "switch_ref_encoder")
+PRECISIONS = {
+    "float32": (),
+    "int8": ("callbacks=quantized", "callbacks.quantize.bits=8"),
+    "int4": ("callbacks=quantized", "callbacks.quantize.bits=4"),
+}
 IDS = ("gpt_oss_20b",)
 """Data sets without hidden states."""
 SHIFTED = {"switch_ref_encoder": "switch_ref_encoder_shift", "olmoe_ref_prefill": "olmoe_ref_shift"}
+
+
+@dataclass(frozen=True)
+class Best:
+    """Settings of stage best (docs/LOG.md says how they were found); ``epochs`` of all text there is."""
+
+    epochs: int
+    options: tuple[str, ...] = ()
+
+
 BEST = {
-    ("olmoe_ref_prefill", "attention"): ("model.width=64", "model.regress=40.0"),
-    ("olmoe_ref_prefill", "expert_lowrank"): (
-        *("model.units=[24,12,6,6]", "model.heads=2", "model.value_width=24", "model.dropout=0.1"),
+    ("olmoe_ref_prefill", "attention"): Best(5, ("model.width=64", "model.regress=40.0")),
+    ("olmoe_ref_prefill", "expert_lowrank"): Best(
+        6,
+        (
+            *("model.units=[24,12,6,6]", "model.heads=2", "model.value_width=24"),
+            *("model.dropout=0.1", "model.ngram_rows=65536"),
+        ),
     ),
-    ("switch_ref_encoder", "attention"): ("model.units=64", "model.regress=8.0"),
-    ("switch_ref_encoder", "expert_lowrank"): ("model.units=64", "model.heads=2", "model.dropout=0.1"),
+    ("switch_ref_encoder", "attention"): Best(10, ("model.units=64", "model.regress=8.0")),
+    ("switch_ref_encoder", "expert_lowrank"): Best(
+        10, ("model.units=64", "model.heads=2", "model.dropout=0.1", "model.ngram_rows=65536")
+    ),
+    ("switch_ref_decoder", "gnn"): Best(8),
+    ("olmoe_ref_decode", "transformer_xl"): Best(6),
+    ("gpt_oss_20b", "transformer_xl"): Best(40, ("model.dropout=0.3",)),
 }
-"""Settings of stage best (docs/LOG.md says how they were found)."""
 WRITTEN_PART = 10000
 
 
@@ -76,12 +99,13 @@ class Plan:
     seeds: Sequence[int] = (0, 1, 2)
     epochs: int = 6
     ids_epochs: int = 20
-    best_epochs: int = 12
+    best_share: float = 1.0
     sequences: int = 20000
     decode_sequences: int = 8000
     written: int = 0
     shift_text: str | None = None
     cost_devices: Sequence[str] | None = None
+    grid: bool = True
     best: bool = True
     gpu: bool = True
 
@@ -144,7 +168,8 @@ class Plan:
     def _data(self, name: str, *more: str) -> list[str]:
         """Which data set; with ``more``, on these traces besides its own."""
         options = [f"data={name}", f"paths.data={self.root}", "data.verify=false", "data.cache=auto"]
-        if more:
+        if more:  # several processes' copies of so much would not fit: read from disk
+            options[-1] = "data.cache=null"
             folders = [self.traces / folder for folder in (TRACE.get(name, name), *more)]
             options.append(f"data.traces=[{','.join(map(str, folders))}]")
         return options
@@ -178,43 +203,42 @@ class Plan:
     def _group(self, data: str, group: Sequence[str]) -> str:
         return f"grid/{data}/{'-'.join(model for model in group if model in self.models)}"
 
-    def _ensembled(self) -> list[str]:
-        return [model for model in ENSEMBLED if model in self.models]
-
     def _runs(self, data: str, model: str) -> Path:
         """The folder of the grid's runs of a predictor, one per seed."""
         return self.out / self._group(data, next(group for group in GROUPS if model in group)) / model
 
-    def _best_runs(self, data: str) -> list[Path]:
-        """The folders of the runs with settings of their own: planned, or there from before."""
-        runs = [self.out / f"best/{data}/{model}" for name, model in BEST if name == data]
-        return [run for run in runs if self.best or (run / f"{self.seeds[0]}" / "predictor.ckpt").is_file()]
+    def _ensembled(self, data: str) -> dict[str, Path]:
+        """Folders of several seeds, by name: planned, or there from before."""
+        runs = {model: self._runs(data, model) for model in ENSEMBLED if model in self.models}
+        best = {f"best_{m}": self.out / f"best/{data}/{m}" for name, m in BEST if name == data}
+
+        def there(folder: Path) -> bool:
+            return (folder / str(self.seeds[0]) / "predictor.ckpt").is_file()
+
+        found = {name: folder for name, folder in runs.items() if self.grid or there(folder)}
+        return found | {name: folder for name, folder in best.items() if self.best or there(folder)}
 
     def _best(self) -> list[Job]:
         jobs = []
-        for (data, model), options in BEST.items():
+        for (data, model), best in BEST.items():
             more = self._written if data == "olmoe_ref_prefill" else []
             for seed in self.seeds if data in self.data else ():
                 name = f"best/{data}/{model}/{seed}"
-                mine = (f"model={model}", *options, "hydra.sweep.subdir=.")
-                job = self._train(name, data, [seed], *mine, epochs=self.best_epochs, more=more)
+                mine = (f"model={model}", *best.options, "hydra.sweep.subdir=.")
+                epochs = max(1, round(self.best_share * best.epochs))
+                job = self._train(name, data, [seed], *mine, epochs=epochs, more=more)
                 jobs.append(replace(job, result=self.out / name / "metrics.json"))
         return jobs
 
     def _quantized(self) -> list[Job]:
         jobs = []
         for data in (name for name in QUANTIZED_ON if name in self.data):
-            models = [model for model in QUANTIZED if model in self.models]
-            subdir = "hydra.sweep.subdir=${hydra.runtime.choices.model}/${callbacks.quantize.bits}"
-            options = (
-                f"model={','.join(models)}",
-                "callbacks=quantized",
-                "callbacks.quantize.bits=8,4",
-                subdir,
-            )
-            if models:
-                job = self._train(f"quantized/{data}", data, self.seeds[:1], *options, epochs=self.epochs)
-                jobs.append(job)
+            models = f"model={','.join(QUANTIZED)}"
+            for precision, quantize in PRECISIONS.items():
+                subdir = "hydra.sweep.subdir=${hydra.runtime.choices.model}"
+                name = f"quantized/{data}/{precision}"
+                options = (models, *quantize, subdir)
+                jobs.append(self._train(name, data, self.seeds[:1], *options, epochs=self.epochs))
         return jobs
 
     def _shadow(self) -> list[Job]:
@@ -236,9 +260,7 @@ class Plan:
     def _ensemble(self) -> list[Job]:
         jobs = []
         for data in self.data:
-            members = {model: self._runs(data, model) for model in self._ensembled()}
-            members |= {f"best_{runs.name}": runs for runs in self._best_runs(data)}
-            for name, runs in members.items():
+            for name, runs in self._ensembled(data).items():
                 files = [runs / f"{seed}" / "predictor.ckpt" for seed in self.seeds]
                 for combine in ("mean", "stacking"):
                     model = ("model=ensemble", f"model.combine={combine}", "data.batch_size=16")
@@ -251,24 +273,21 @@ class Plan:
     def _more(self) -> list[Job]:
         jobs, first = [], str(self.seeds[0])
         for data in self.data:
-            runs = [self._runs(data, model) / first for model in (*self._ensembled(), "expert_lowrank")]
-            runs += [run / first for run in self._best_runs(data)]
+            members = self._ensembled(data)
             shifted = (f"{TRACE[data]}_shift",) if self.shift_text and data in SHIFTED else ()
             shift = [f"shift=[{SHIFTED[data]}]"] if shifted else []
-            options = ("calibration", data, *shift)
-            jobs.append(self._benchmark(*options, checkpoints=runs, more=shifted))
-            models = [model for model in QUANTIZED if model in self.models and data in QUANTIZED_ON]
-            precisions = [self._runs(data, model) / first for model in models]
-            precisions += [
-                self.out / f"quantized/{data}/{model}/{bits}" for model in models for bits in (8, 4)
-            ]
-            if precisions:
-                jobs.append(self._benchmark("quantize", data, checkpoints=precisions))
-            members = [self._runs(data, model) for model in self._ensembled()] + self._best_runs(data)
-            for runs_of in members if shifted else ():
-                best = "best_" if runs_of in self._best_runs(data) else ""
-                name = f"uncertainty/{data}_{best}{runs_of.name}"
-                seeds = [runs_of / str(seed) for seed in self.seeds]
+            checkpoints = [folder / first for folder in members.values()]
+            # by shape, not by trace: the best ones saw more traces than this
+            options = ("calibrate.match=shape", *shift)
+            job = self._benchmark("calibration", data, *options, checkpoints=checkpoints, more=shifted)
+            jobs += [job] if members else []
+            if data in QUANTIZED_ON:
+                files = [
+                    self.out / f"quantized/{data}/{p}/{model}" for p in PRECISIONS for model in QUANTIZED
+                ]
+                jobs.append(self._benchmark("quantize", data, checkpoints=files))
+            for label, folder in members.items() if shifted else ():
+                name, seeds = f"uncertainty/{data}_{label}", [folder / str(seed) for seed in self.seeds]
                 job = self._benchmark("uncertainty", data, checkpoints=seeds, name=name, more=shifted)
                 both = (f"data=[{data},{SHIFTED[data]}]",)
                 command = tuple(c for c in job.command if c != f"data={data}") + both
@@ -324,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--ids-epochs", type=int, default=20, help="on traces without hidden states")
-    parser.add_argument("--best-epochs", type=int, default=12, help="of stage best")
+    parser.add_argument("--best-share", type=float, default=1.0, help="of the epochs of stage best")
     parser.add_argument("--sequences", type=int, default=20000)
     parser.add_argument("--decode-sequences", type=int, default=8000)
     parser.add_argument(
@@ -343,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in absent:
         console.print(f"left out: {name}, no trace in {plan.traces} (see docs/traces.md)", soft_wrap=True)
     plan.data = [name for name in plan.data if name not in absent]
-    plan.best = "best" in stages
+    plan.grid, plan.best = "grid" in stages, "best" in stages
     jobs = [job for stage in stages for job in plan.jobs(stage)]
     if dry:
         for job in jobs:

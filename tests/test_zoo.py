@@ -15,7 +15,7 @@ from benchmarks.zoo import ENSEMBLED, LEARNED, STAGES, Plan, main
 from specgate.predictors.registry import predictor_class
 from tests.test_configs import CONF, composed
 
-MANY = ("seed=", "model=", "callbacks.quantize.bits=")
+MANY = ("seed=", "model=")
 
 
 def plan(tmp_path: Path) -> Plan:

@@ -8,8 +8,9 @@ A mixture of experts computes little for much capacity by running K of E experts
 can do the same. Here every (point, expert) has R units that read the state and write to the logits of all
 horizons, and only those of the K experts just chosen run (after the conditional computation of Shazeer et
 al., 2017, arXiv:1701.06538, and the low-rank updates of Hu et al., 2021, arXiv:2106.09685). One narrow
-attention head or two look at earlier tokens; tables of token ids, which cost an addition, hold what an id
-alone says. All that is linear in the state (the routers themselves) is one matrix.
+attention head or two look at earlier tokens; tables of token ids and of hashed pairs and triples of them
+(Huang et al., "Over-Tokenized Transformer", 2025, arXiv:2501.16975), which cost an addition, hold what ids
+alone say. All that is linear in the state (the routers themselves) is one matrix.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from specgate.predictors.mlp import ENTRY_GAIN
 from specgate.predictors.router_prior import RouterPrior
 from specgate.traces.batch import INVALID, WITHIN, RoutingBatch, last_valid_B
 
+NGRAMS = (2, 3)
+HASH, PRIME = 1_000_003, 2_147_483_647
 SHIFT_DECAY = 0.8
 """Of the mean over earlier tokens that ``shift`` adds."""
 
@@ -48,6 +51,7 @@ class ExpertLowRank(RouterPrior):
         units: R, per expert, or one number per rank of the K chosen experts: the lighter ones run only the
         first
             of their units. heads, head_width: of the attention (0 heads: none). value_width: of its values.
+        ngram_rows: of a table for pairs of ids and one for triples, hashed (0: none).
         shared: units that run for every token, whatever its experts. token_dim: S. state_dim: of the id-only
             state. decays: of the recency features (decode). dropout: on the units and on what ids say.
         reuse: start from what the previous point's correction said of the same target.
@@ -71,6 +75,7 @@ class ExpertLowRank(RouterPrior):
         value_width: int = 32,
         shared: int = 0,
         token_dim: int = 32,
+        ngram_rows: int = 0,
         state_dim: int = 32,
         decays: list[float] | None = None,
         dropout: float = 0.0,
@@ -93,6 +98,11 @@ class ExpertLowRank(RouterPrior):
         self.offsets = [1, 0] if self.phase == "decode" else [1, 0, -1]
         self.token_VF = nn.Embedding(self.vocab_size, token_dim * len(self.offsets))
         nn.init.normal_(self.token_VF.weight, std=0.3 / TOKEN_GAIN)
+        if ngram_rows < 0:
+            raise ConfigError(f"ngram_rows={ngram_rows} is no size of a table: choose 0 for none, or more")
+        self.ngrams = nn.ModuleList(nn.Embedding(ngram_rows, token_dim) for _ in NGRAMS if ngram_rows)
+        for table in self.ngrams:
+            nn.init.zeros_(table.weight)
         if self.hidden_size is None:
             self.expert_LEF = nn.Parameter(torch.randn(L, E, state_dim) * 0.5)
             self.start_VF = nn.Embedding(self.vocab_size, state_dim)
@@ -148,7 +158,7 @@ class ExpertLowRank(RouterPrior):
         token_BTF = self.token_VF(batch.token_ids_BT) * (TOKEN_GAIN * batch.valid_BT[..., None])
         parts = token_BTF.chunk(len(self.offsets), dim=-1)
         around_BTF = torch.stack([shifted(x, by) for x, by in zip(parts, self.offsets, strict=True)]).sum(0)
-        around_BTF = self.drop(around_BTF)
+        around_BTF = self.drop(around_BTF + self.ngram_BTF(batch))
         around_PNF = around_BTF.flatten(0, 1).expand(P, -1, -1)
         y_PNF = y_PNF + self.weight_out(torch.cat([gate_PNE * E**0.5, around_PNF], dim=-1))
         if self.heads:
@@ -182,6 +192,18 @@ class ExpertLowRank(RouterPrior):
             if A:
                 total += D * ((A + 1) * C + A * V) + seen * A * (C + V) + A * V * out
         return 2.0 * total / self.layers
+
+    def ngram_BTF(self, batch: RoutingBatch) -> Tensor | float:
+        """What the token's id together with the one, and the two, before it say: ``[B, T, S]``."""
+        total: Tensor | float = 0.0
+        for n, table in zip(NGRAMS, self.ngrams, strict=False):
+            assert isinstance(table, nn.Embedding)
+            key_BT = torch.zeros_like(batch.token_ids_BT)
+            for by in range(n):  # an id of 0 before the first token
+                key_BT = (key_BT * HASH + shifted(batch.token_ids_BT + 1, by)) % PRIME
+            found_BTF = lookup(table, key_BT % table.num_embeddings)
+            total = total + found_BTF * (TOKEN_GAIN * batch.valid_BT[..., None])
+        return total
 
     def gates_PNER(self, gate_PNE: Tensor, batch: RoutingBatch) -> Tensor:
         """The router weight of every unit's expert, 0 for units beyond what its rank runs: ``[P, N, E, R]``,
@@ -270,7 +292,10 @@ class ExpertLowRank(RouterPrior):
         batch = history.batch
         token_BTF = lookup(self.token_VF, batch.token_ids_BT) * (TOKEN_GAIN * batch.valid_BT[..., None])
         parts = token_BTF.chunk(len(self.offsets), dim=-1)
-        return torch.stack([history.token(x, by) for x, by in zip(parts, self.offsets, strict=True)]).sum(0)
+        around = [history.token(x, by) for x, by in zip(parts, self.offsets, strict=True)]
+        ngrams = self.ngram_BTF(batch)
+        around += [history.token(ngrams, 0)] if isinstance(ngrams, Tensor) else []
+        return torch.stack(around).sum(0)
 
     def _correction_step(self, history: History, x_BTD: Tensor, around_BF: Tensor, point: int) -> Tensor:
         """One point's own correction of the last token: ``[B, H, E]``."""

@@ -180,9 +180,11 @@ class Spread:
         return cls(statistics.fmean(values), deviation, len(values))
 
     def text(self, scale: float = 1.0, digits: int = 3) -> str:
-        """``61.2 ± 0.1``, without a deviation where there is one value."""
+        """``61.2 ± 0.08``, the deviation with one digit more; without it where there is one value."""
         mean = f"{scale * self.mean:.{digits}f}"
-        return mean if self.deviation is None else f"{mean} ± {scale * self.deviation:.{digits}f}"
+        if self.deviation is None:
+            return mean
+        return f"{mean} ± {scale * self.deviation:.{digits + 1 if digits else 0}f}"
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""

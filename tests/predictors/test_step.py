@@ -60,7 +60,9 @@ def test_step_of_a_deep_mlp_that_looks_past_the_next_token(phase: str, hidden: b
         torch.testing.assert_close(found_BHE[:, there_H], expected_BHE[:, there_H], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"reuse": False}, {"shift": False, "heads": 0}, {"units": [4, 2]}])
+@pytest.mark.parametrize(
+    "options", [{"reuse": False}, {"shift": False, "heads": 0}, {"units": [4, 2], "ngram_rows": 7}]
+)
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_step_of_other_low_rank_forms(phase: str, options: dict[str, Any]) -> None:
     for more in ({}, {"bidirectional": True}) if phase == "prefill" else ({},):
