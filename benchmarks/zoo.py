@@ -220,12 +220,12 @@ class Plan:
 
     def _best(self) -> list[Job]:
         jobs = []
-        for (data, model), best in BEST.items():
+        for (data, model), run in BEST.items():
             more = self._written if data == "olmoe_ref_prefill" else []
             for seed in self.seeds if data in self.data else ():
                 name = f"best/{data}/{model}/{seed}"
-                mine = (f"model={model}", *best.options, "hydra.sweep.subdir=.")
-                epochs = max(1, round(self.best_share * best.epochs))
+                mine = (f"model={model}", *run.options, "hydra.sweep.subdir=.")
+                epochs = max(1, round(self.best_share * run.epochs))
                 job = self._train(name, data, [seed], *mine, epochs=epochs, more=more)
                 jobs.append(replace(job, result=self.out / name / "metrics.json"))
         return jobs
@@ -297,10 +297,10 @@ class Plan:
     def _cost(self) -> list[Job]:
         jobs = []
         for data in self.data:
-            best = {model: options for (name, model), options in BEST.items() if name == data}
+            best = {model: run.options for (name, model), run in BEST.items() if name == data}
             models = [
                 *self.models,
-                *(" ".join([m, *(o[6:] for o in options)]) for m, options in best.items()),
+                *(" ".join([m, *(o[6:] for o in options)]) for m, options in best.items() if options),
             ]
             options = [f"cost.models=[{','.join(map(_quoted, models))}]"]  # weights do not matter to it
             if self.cost_devices:

@@ -50,7 +50,7 @@ class RoutingDataModule(L.LightningDataModule):
         everything: all documents are the test split, whatever the trace says of them. For text that nothing
             was trained or tuned on, such as another domain; there are no train and validation batches then.
         use_hidden: serve hidden states if the trace has them; False makes an id-only data set of any trace.
-        seed: of the order of training batches and of the choice under ``max_sequences``.
+        seed: of the order of training batches and of the training sequences kept under ``max_sequences``.
         pin_memory: passed to the DataLoader.
         cache: a device (``cpu``, ``cuda``) that holds each split whole once it is opened, so that a step
             costs no reading and no copy; ``auto`` is the first GPU if there is one; None reads each batch
@@ -321,7 +321,8 @@ class _Opened:
                     f"data.max_sequences is {limit} for split {split!r}; take at least 1 sequence."
                 )
             keep = np.zeros(total, dtype=bool)
-            keep[np.random.default_rng([dm.seed, number]).permutation(total)[:limit]] = True
+            seed = dm.seed if split == "train" else 0  # runs of several seeds are scored on the same
+            keep[np.random.default_rng([seed, number]).permutation(total)[:limit]] = True
             parts = np.split(keep, np.cumsum([len(c) for c in chosen])[:-1])
             chosen = [c[k] for c, k in zip(chosen, parts, strict=True)]
         columns: list[tuple[Array, ...]] = []

@@ -139,9 +139,9 @@ def test_the_table_by_hand(inputs: tuple[Path, Path, Path], tmp_path: Path) -> N
     table = zoo_table(zoo)
     cells = {row[0].split(" ")[0]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     of_seeds = [recall("gnn", seed, 1) for seed in (0, 1, 2)]
-    shown = f"{100 * statistics.fmean(of_seeds):.1f} ± {100 * statistics.stdev(of_seeds):.1f}"
+    shown = f"{100 * statistics.fmean(of_seeds):.1f} ± {100 * statistics.stdev(of_seeds):.2f}"
     assert cells["gnn"]["N+1 %"] == f"**{shown}**"  # shadow is higher and no rival
-    assert cells["mlp"]["N+1 %"] == "69.0 ± 1.0"
+    assert cells["mlp"]["N+1 %"] == "69.0 ± 1.00"
     assert cells["oracle"]["N+3 %"] == "100.0"
     assert cells["oracle"]["seeds"] == "–"
     assert cells["gnn"]["seeds"] == "3"
