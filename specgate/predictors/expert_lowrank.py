@@ -100,9 +100,10 @@ class ExpertLowRank(RouterPrior):
         nn.init.normal_(self.token_VF.weight, std=0.3 / TOKEN_GAIN)
         if ngram_rows < 0:
             raise ConfigError(f"ngram_rows={ngram_rows} is no size of a table: choose 0 for none, or more")
-        self.ngrams = nn.ModuleList(nn.Embedding(ngram_rows, token_dim) for _ in NGRAMS if ngram_rows)
-        for table in self.ngrams:
+        tables = [nn.Embedding(ngram_rows, token_dim) for _ in NGRAMS if ngram_rows]
+        for table in tables:
             nn.init.zeros_(table.weight)
+        self.ngrams = nn.ModuleList(tables)
         if self.hidden_size is None:
             self.expert_LEF = nn.Parameter(torch.randn(L, E, state_dim) * 0.5)
             self.start_VF = nn.Embedding(self.vocab_size, state_dim)
