@@ -180,11 +180,12 @@ class Spread:
         return cls(statistics.fmean(values), deviation, len(values))
 
     def text(self, scale: float = 1.0, digits: int = 3) -> str:
-        """``61.2 ± 0.08``, the deviation with one digit more; without it where there is one value."""
+        """``61.2 ± 0.08``: few digits of the mean leave one more to the deviation; without it where there is one
+        value, or all are equal."""
         mean = f"{scale * self.mean:.{digits}f}"
-        if self.deviation is None:
+        if not self.deviation:
             return mean
-        return f"{mean} ± {scale * self.deviation:.{digits + 1 if digits else 0}f}"
+        return f"{mean} ± {scale * self.deviation:.{digits + (digits in (1, 2))}f}"
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""
