@@ -182,12 +182,17 @@ class Plan:
     def _train(
         self, name: str, data: str, seeds: Sequence[int], *options: str, epochs: int, more: Sequence[str] = ()
     ) -> Job:
-        """One job for several runs: they share the process, and with it what the GPU holds of the trace."""
-        command = ["train.py", "-m", "experiment=zoo", *self._data(data, *more), "logger=none"]
-        command += [f"trainer.max_epochs={epochs}", "callbacks.progress=null"]
+        """One run, or one job for several: they share the process, and with it what the GPU holds of the
+        trace."""
+        many = any(option.startswith("hydra.sweep.subdir=") for option in options)
+        command = ["train.py", *(["-m"] if many else []), "experiment=zoo", *self._data(data, *more)]
+        command += ["logger=none", f"trainer.max_epochs={epochs}", "callbacks.progress=null"]
         command += ["data.batch_size=16"] * (data in IDS) + ["trainer=cpu"] * (not self.gpu)
-        command += [f"seed={','.join(map(str, seeds))}", *options, f"hydra.sweep.dir={self.out}/{name}"]
-        return Job(name, tuple(command), self.out / name / "sweep.json", self._needs(data, *more))
+        folder = self.out / name
+        command += [f"seed={','.join(map(str, seeds))}", *options]
+        command.append(f"hydra.{'sweep' if many else 'run'}.dir={folder}")
+        result = folder / ("sweep.json" if many else "metrics.json")
+        return Job(name, tuple(command), result, self._needs(data, *more))
 
     def _grid(self) -> list[Job]:
         jobs = []
@@ -224,10 +229,9 @@ class Plan:
             more = self._written if data == "olmoe_ref_prefill" else []
             for seed in self.seeds if data in self.data else ():
                 name = f"best/{data}/{model}/{seed}"
-                mine = (f"model={model}", *run.options, "hydra.sweep.subdir=.")
                 epochs = max(1, round(self.best_share * run.epochs))
-                job = self._train(name, data, [seed], *mine, epochs=epochs, more=more)
-                jobs.append(replace(job, result=self.out / name / "metrics.json"))
+                options = (f"model={model}", *run.options)
+                jobs.append(self._train(name, data, [seed], *options, epochs=epochs, more=more))
         return jobs
 
     def _quantized(self) -> list[Job]:

@@ -167,6 +167,8 @@ def test_equal_predictors_are_told_apart(traces: Path, tmp_path: Path) -> None:
     files = [save(data, tmp_path / run / "predictor.ckpt") for run in ("a", "b")]
     other = save(data, tmp_path / "c" / "predictor.ckpt", "popularity")
     assert labels([*files, other]) == {files[0]: "mlp (a)", files[1]: "mlp (b)", other: "popularity"}
+    deep = [save(data, tmp_path / run / "mlp" / "predictor.ckpt") for run in ("int4", "int8")]
+    assert list(labels(deep).values()) == ["mlp (int4/mlp)", "mlp (int8/mlp)"]
 
 
 def test_free_predictors_learn_from_the_train_split_only(

@@ -278,21 +278,17 @@ def trained_on(file: Path) -> set[tuple[str, str, str]] | None:
     return None
 
 
-def _label(file: Path) -> str:
-    """How a checkpoint is called among others of its class: by its run's directory."""
-    folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
-    return folder.name
-
-
 def labels(files: Sequence[Path]) -> dict[Path, str]:
-    """A name for every checkpoint: its predictor's, with the run's directory added where two would be
-    equal.
+    """A name for every checkpoint: its predictor's, with the run's directory added where two would be equal,
+    and as many of the directories above it as it takes.
     """
     names = {file: load_predictor(file).name for file in files}
-    found = {
-        file: name if list(names.values()).count(name) == 1 else f"{name} ({_label(file)})"
-        for file, name in names.items()
-    }
-    if len(set(found.values())) == len(found):
-        return found
-    return {file: f"{name} ({file})" for file, name in names.items()}
+    found: dict[Path, str] = {}
+    for depth in range(1, max((len(file.parts) for file in files), default=0) + 1):
+        for file, name in names.items():
+            folder = file.parent.parent if file.parent.name == "checkpoints" else file.parent
+            alone = list(names.values()).count(name) == 1
+            found[file] = name if alone else f"{name} ({'/'.join(folder.parts[-depth:])})"
+        if len(set(found.values())) == len(found):
+            break
+    return found

@@ -180,8 +180,8 @@ class Spread:
         return cls(statistics.fmean(values), deviation, len(values))
 
     def text(self, scale: float = 1.0, digits: int = 3) -> str:
-        """``61.2 ± 0.08``: few digits of the mean leave one more to the deviation; without it where there is one
-        value, or all are equal."""
+        """``61.2 ± 0.08`` (one digit more for the deviation where the mean has few); the mean alone where
+        there is one value, or all are equal."""
         mean = f"{scale * self.mean:.{digits}f}"
         if not self.deviation:
             return mean
