@@ -94,7 +94,7 @@ def store(run: str | Path, folder: Path, name: str | None = None) -> Path:
 
 def markdown(records: Mapping[str, Mapping[str, Any]]) -> str:
     """The page, from slim records by name (in their names' order)."""
-    parts = [HEAD]
+    parts = [HEAD, *zoo.summary(records)]
     for name in sorted(records):
         parts += _section(name, records[name])
     if not records:

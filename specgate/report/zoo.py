@@ -27,6 +27,9 @@ from specgate.report.zoo_store import KIND, store
 
 REFERENCES = ("shadow",)
 FROM = "router_lookahead"
+HORIZONS = (1, 2, 3)
+CHEAP = 0.25
+"""Share of a host layer's operations up to which a predictor counts as cheap."""
 SECTIONS = ("free", "learned", "reference", ORACLE)
 
 
@@ -257,6 +260,43 @@ def draw(record: Mapping[str, Any], path: Path) -> Path:
     drawn = dot_plot([(f"{zoo.name}, {zoo.split} documents", lines)], "recall@K, targets within the token")
     drawn.savefig(path, metadata={"Software": None})
     return path
+
+
+def summary(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The Markdown that all traces share: who comes first on each, and first among the cheap."""
+    table = Table(
+        "The best on every trace", ["trace", "predictor", *(f"{horizon_name(h)} %" for h in HORIZONS)], left=2
+    )
+    table.columns += [*(f"closed {horizon_name(h)} %" for h in HORIZONS), "FLOPs, % of host"]
+    for name in sorted(name for name, record in records.items() if is_zoo(record)):
+        zoo = Zoo(records[name])
+        first = next((g for g in reversed(zoo.groups) if section_of(g) == "learned"), None)
+        cheap = [g for g in zoo.groups if section_of(g) == "learned" and _share(zoo, g) <= CHEAP]
+        rows = [_summary_row(zoo, group) for group in (first, *cheap[-1:]) if group is not None]
+        table.rows += rows[:1] if rows[1:] == rows[:1] else rows
+    if not table.rows:
+        return []
+    table.notes = [
+        "The learned predictor with the highest recall@K (mean of N+1 to N+3), and the one among those that "
+        f"cost at most {100 * CHEAP:.0f} % of the operations of a layer of the host; ± is the standard "
+        f"deviation over seeds. closed: share of the gap between {FROM} (without hidden states the best free "
+        "predictor) and the oracle. Everyone's numbers are below."
+    ]
+    return ["## The best on every trace", "", table.to_markdown(), ""]
+
+
+def _share(zoo: Zoo, group: Group) -> float:
+    """What a forecast costs, as a share of the host's layer; infinite if nobody has measured it."""
+    row = zoo.cost(group)
+    share = None if row is None else row["share_of_host"]
+    return float("inf") if share is None else float(share)
+
+
+def _summary_row(zoo: Zoo, group: Group) -> list[str]:
+    spreads = [zoo.score(group, h) for h in HORIZONS] + [zoo.gap_closed(group, h) for h in HORIZONS]
+    share = _share(zoo, group)
+    cells = ["–" if spread is None else spread.text(100, 1) for spread in spreads]
+    return [zoo.name, group.label, *cells, f"{100 * share:.2f}" if share < float("inf") else "–"]
 
 
 def priced(zoo: Zoo) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from specgate.errors import SpecgateError
 from specgate.report.record import write_json
 from specgate.report.results import make
 from specgate.report.runs import Spread, by_trace, group_runs, read_runs, settings
-from specgate.report.zoo import Zoo, draw_all, main, section, zoo_table
+from specgate.report.zoo import Zoo, draw_all, main, section, summary, zoo_table
 from specgate.report.zoo_store import store
 
 TRACE: dict[str, Any] = {
@@ -312,3 +312,20 @@ def test_runs_on_more_training_text_are_compared_on_the_same_test_text(tmp_path:
     assert [len(group) for group in by_trace(runs).values()] == [2, 1]
     paths = store(tmp_path / "out", [tmp_path / "runs" / "0", tmp_path / "runs" / "1"])
     assert read_record(paths[0])["trace"]["sha256"] == ["bb"], "the record names the plain trace"
+
+
+def test_the_best_and_the_best_cheap_one_head_the_page(
+    inputs: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    def shown(record: Any) -> list[list[str]]:
+        text = "\n".join(summary({"zoo-a": record, "other": {"kind": "running"}}))
+        assert text.startswith("## The best on every trace")
+        lines = [line for line in text.splitlines() if line.startswith("|")][2:]
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+    record = zoo_of(inputs, tmp_path).record
+    (row,) = shown(record)  # the best of all, and the best at a quarter of the layer
+    assert (row[1], row[-1]) == ("gnn", "25.00")
+    dear = [{**row, "share_of_host": 0.26} if "gnn" in row["predictor"] else row for row in record["cost"]]
+    assert [row[1] for row in shown({**record, "cost": dear})] == ["gnn", "mlp"]
+    assert summary({"other": {"kind": "running"}}) == []
