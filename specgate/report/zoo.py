@@ -60,6 +60,9 @@ class Zoo:
         for group in groups:
             if names.count(group.predictor) == 1:
                 group.label = group.predictor
+                run = group.runs[0]["settings"].get("model.experts_run")
+                if group.predictor in REFERENCES and run:  # one of its forms alone must not pass for all
+                    group.label += f" experts_run={run}"
         self.groups = sorted(groups, key=lambda g: (SECTIONS.index(section_of(g)), self.recall(g), g.label))
         self.name = trace_name(record)
 
@@ -198,6 +201,8 @@ def _notes(zoo: Zoo) -> list[str]:
         f"µs {' and '.join(devices)}: one call at run time for 1 or 64 sequences, {place}."
         for place, devices in places.items()
     ]
+    if zoo.baseline() is None:
+        notes.append("The free predictors and the oracle have not been scored on this text yet.")
     if zoo.left_out:
         notes.append(f"Left out for want of {zoo.split} scores: {', '.join(sorted(set(zoo.left_out)))}.")
     if unequal := zoo.unequal():

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from specgate.errors import ConfigError
+from specgate.metrics.flops import count_flops
 from specgate.predictors.attention import FORMS, USUAL, Attention
 from specgate.predictors.layer_experts import LayerExperts
 from specgate.predictors.rollout import LayerAttention, unit
@@ -78,6 +79,15 @@ def test_experts_are_sorted_for_many_tokens_only(monkeypatch: pytest.MonkeyPatch
     assert ran == ["grouped"]
     with pytest.raises(ConfigError, match="activation='tanh' is unknown"):
         LayerExperts(L, E, 2, D, 4, "tanh", 0.0)
+
+
+def test_operations_of_sorted_experts_are_those_of_the_chosen_ones() -> None:
+    module = LayerExperts(L, E, 2, D, 4, "swiglu", 0.0).requires_grad_(False)
+    x_PND, layer_P = torch.randn(2, 8, D), torch.tensor([2, 0])
+    gates_PNE = torch.zeros(2, 8, E).scatter_(-1, torch.rand(2, 8, E).topk(2).indices, 0.5)
+    each = 2 * 3 * D * 4  # a unit: two maps in, one out
+    assert count_flops(lambda: module.dense(x_PND, gates_PNE, layer_P)) == 16 * E * each
+    assert count_flops(lambda: module.grouped(x_PND, gates_PNE, layer_P)) == 16 * 2 * each
 
 
 @pytest.mark.gpu
