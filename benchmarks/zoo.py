@@ -6,8 +6,9 @@ reads is there; those that are timed run last, one at a time. A job whose result
 so an interrupted run is resumed by the same command; a job that fails is listed at the end, with its log,
 and the others go on.
 
-    collect    traces of the two reference models (prefill and decode), of text that olmoe_ref writes itself
-               (``--written``) and, if ``--shift-text`` names a folder, of text unlike theirs
+    collect    traces of the two reference models (prefill and decode), of further text to train on
+               (``--more-text``, folders; ``--written``, olmoe_ref's own) and, if ``--shift-text`` names a
+               folder, of text unlike theirs
     free       the free predictors and the oracle on every trace
     grid       every learned predictor on every trace, three seeds, the same number of steps
     quantized  two of them again, in float32 and trained for int8 and int4 weights
@@ -69,7 +70,7 @@ class Best:
 
 
 BEST = {
-    ("olmoe_ref_prefill", "attention"): Best(5, ("model.width=64", "model.regress=40.0")),
+    ("olmoe_ref_prefill", "attention"): Best(4, ("model.width=64", "model.regress=40.0")),
     ("olmoe_ref_prefill", "expert_lowrank"): Best(
         6,
         (
@@ -81,7 +82,7 @@ BEST = {
     ("switch_ref_encoder", "expert_lowrank"): Best(
         10, ("model.units=64", "model.heads=2", "model.dropout=0.1", "model.ngram_rows=65536")
     ),
-    ("switch_ref_decoder", "gnn"): Best(8),
+    ("switch_ref_decoder", "attention"): Best(8),
     ("olmoe_ref_decode", "transformer_xl"): Best(6),
     ("gpt_oss_20b", "transformer_xl"): Best(40, ("model.dropout=0.3",)),
 }
@@ -103,6 +104,7 @@ class Plan:
     sequences: int = 20000
     decode_sequences: int = 8000
     written: int = 0
+    more_text: Sequence[str] = ()
     shift_text: str | None = None
     cost_devices: Sequence[str] | None = None
     grid: bool = True
@@ -132,6 +134,11 @@ class Plan:
         """Names of the traces of text that olmoe_ref writes itself."""
         return [f"olmoe_ref_written{part}" for part in range(-(-self.written // WRITTEN_PART))]
 
+    @property
+    def _further(self) -> list[str]:
+        """Names of all traces that olmoe_ref's best predictors learn from besides its own."""
+        return [f"olmoe_ref_text{part}" for part, _ in enumerate(self.more_text)] + self._written
+
     def _collect(self) -> list[Job]:
         most = f"sequences={self.sequences}"
         decode = ("phase=decode", f"sequences={self.decode_sequences}")
@@ -141,6 +148,9 @@ class Plan:
             self._collected("olmoe_ref_decode", "moe=olmoe_ref", *decode),
         ]
         jobs += [self._written_and_collected(part, name) for part, name in enumerate(self._written)]
+        for part, folder in enumerate(self.more_text):
+            text = (f"text.sources={Path(folder).resolve()}", "text.split=train", "sequences=1000000")
+            jobs.append(self._collected(f"olmoe_ref_text{part}", "moe=olmoe_ref", "text=directory", *text))
         if self.shift_text is not None:
             shift = ("text=directory", f"text.sources={self.shift_text}", f"sequences={self.sequences // 20}")
             jobs += [self._collected(f"{m}_shift", f"moe={m}", *shift) for m in ("olmoe_ref", "switch_ref")]
@@ -226,7 +236,7 @@ class Plan:
     def _best(self) -> list[Job]:
         jobs = []
         for (data, model), run in BEST.items():
-            more = self._written if data == "olmoe_ref_prefill" else []
+            more = self._further if data == "olmoe_ref_prefill" else []
             for seed in self.seeds if data in self.data else ():
                 name = f"best/{data}/{model}/{seed}"
                 epochs = max(1, round(self.best_share * run.epochs))
@@ -352,6 +362,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--decode-sequences", type=int, default=8000)
     parser.add_argument(
         "--written", type=int, default=0, help="documents that olmoe_ref writes, for stage best"
+    )
+    parser.add_argument(
+        "--more-text",
+        nargs="+",
+        default=[],
+        help="folders of text that stage best learns from, one trace each",
     )
     parser.add_argument("--shift-text", default=None, help="a folder of text unlike the bundled one")
     parser.add_argument("--cost-devices", nargs="+", default=None, help="cpu, cuda (all there are)")

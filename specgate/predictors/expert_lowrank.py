@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specgate.errors import ConfigError
+from specgate.predictors.expert_units import ExpertUnits
 from specgate.predictors.features import (
     TOKEN_GAIN,
     History,
@@ -50,13 +51,17 @@ class ExpertLowRank(RouterPrior):
     Args:
         units: R, per expert, or one number per rank of the K chosen experts: the lighter ones run only the
         first
-            of their units. heads, head_width: of the attention (0 heads: none). value_width: of its values.
+            of their units. foresee: further units, of the experts of the next layer that the forecast itself
+            puts first (one number per rank; as many ranks as wished), which write to the horizons after
+            that. heads, head_width: of the attention (0 heads: none). value_width: of its values. span: how
+            many tokens back it looks (None: all).
         ngram_rows: of a table for pairs of ids and one for triples, hashed (0: none).
         shared: units that run for every token, whatever its experts. token_dim: S. state_dim: of the id-only
             state. decays: of the recency features (decode). dropout: on the units and on what ids say.
         reuse: start from what the previous point's correction said of the same target.
         shift: let the units and values also see, value by value, the token before and a decayed mean of all
-            before (Peng et al., "RWKV", 2023, arXiv:2305.13048).
+            before (Peng et al., "RWKV", 2023, arXiv:2305.13048). depth: likewise the token's state one layer
+            before.
 
     Shapes:
         router_PDF (parameter): ``[P, D, H * E]``, the target routers at the start.
@@ -70,9 +75,11 @@ class ExpertLowRank(RouterPrior):
         self,
         *,
         units: int | list[int] = 12,
+        foresee: list[int] | None = None,
         heads: int = 1,
         head_width: int = 16,
         value_width: int = 32,
+        span: int | None = None,
         shared: int = 0,
         token_dim: int = 32,
         ngram_rows: int = 0,
@@ -81,6 +88,7 @@ class ExpertLowRank(RouterPrior):
         dropout: float = 0.0,
         reuse: bool = True,
         shift: bool = True,
+        depth: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -98,6 +106,9 @@ class ExpertLowRank(RouterPrior):
         self.offsets = [1, 0] if self.phase == "decode" else [1, 0, -1]
         self.token_VF = nn.Embedding(self.vocab_size, token_dim * len(self.offsets))
         nn.init.normal_(self.token_VF.weight, std=0.3 / TOKEN_GAIN)
+        if span is not None and span < 1:
+            raise ConfigError(f"span={span} leaves the heads no token to look at: choose at least 1, or null")
+        self.span = span
         if ngram_rows < 0:
             raise ConfigError(f"ngram_rows={ngram_rows} is no size of a table: choose 0 for none, or more")
         tables = [nn.Embedding(ngram_rows, token_dim) for _ in NGRAMS if ngram_rows]
@@ -113,6 +124,8 @@ class ExpertLowRank(RouterPrior):
         self.out = PointLinear(P, E * units + shared, out, zero=True)
         self.weight_out = PointLinear(P, E + token_dim, out, zero=True)
         self.linear_PDF = nn.Parameter(torch.zeros(P, D, out))
+        ahead = [int(n) for n in foresee or []] if H > 1 else []
+        self.ahead = ExpertUnits(P, D, E, ahead, out - E, self.top_k == 1) if ahead else None
         if heads:
             self.query_key = PointLinear(P, D, (heads + 1) * head_width)  # the heads share their keys
             self.value = PointLinear(P, D, heads * value_width)
@@ -124,6 +137,7 @@ class ExpertLowRank(RouterPrior):
         nn.init.zeros_(self.entry_VF.weight)
         self.drop = nn.Dropout(dropout)
         self.shift_2PD = nn.Parameter(torch.zeros(2, P, D)) if shift else None
+        self.depth_PD = nn.Parameter(torch.zeros(P, D)) if depth else None
         self.reuse_PHE = nn.Parameter(torch.zeros(P, H, E)) if reuse else None
         bias = prior_logit(self)
         start_PHE = torch.where((self.kinds == WITHIN) & (self.host is not None), 0.0, bias)
@@ -171,7 +185,16 @@ class ExpertLowRank(RouterPrior):
                 y_BTPHE = y_BTPHE + at_targets_BTPHE(seen, H) * weight_PHE
         entry = (self.entry_VF(batch.token_ids_BT) * ENTRY_GAIN).view(B, T, 1, H, E)
         y_BTPHE = torch.cat([y_BTPHE[:, :, :1] + entry, y_BTPHE[:, :, 1:]], dim=2)
-        return self.corrected(batch, self.carried(y_BTPHE))
+        base_BTPHE = self.prior(batch)
+        if base_BTPHE is not None:
+            base_BTPHE = base_BTPHE * self.trust_PH[..., None]
+        if self.ahead is not None:
+            next_BTPE = y_BTPHE[..., 0, :] if base_BTPHE is None else (base_BTPHE + y_BTPHE)[..., 0, :]
+            later_PNF = self.ahead(mixed_PND, next_BTPE.flatten(0, 1).transpose(0, 1))
+            later_BTPHE = later_PNF.transpose(0, 1).reshape(B, T, P, H - 1, E)
+            y_BTPHE = torch.cat([y_BTPHE[..., :1, :], y_BTPHE[..., 1:, :] + later_BTPHE], dim=-2)
+        y_BTPHE = self.carried(y_BTPHE)
+        return y_BTPHE if base_BTPHE is None else base_BTPHE + y_BTPHE
 
     def flops_per_token_layer(self, context: int) -> float | None:
         """Floating-point operations (a multiply-add is two) of the units that run, the keys and values of
@@ -179,7 +202,12 @@ class ExpertLowRank(RouterPrior):
         foresee. Additions per value are left out."""
         E, A, C, V = self.experts, self.heads, self.head_width, self.value_width
         D, token_dim = self.linear_PDF.shape[1], self.weight_out.weight.shape[1] - E
-        seen = context if self.bidirectional or self.phase == "decode" else context / 2
+        both_ways = self.bidirectional or self.phase == "decode"
+        seen: float = context if both_ways else context / 2
+        if self.span is not None and self.span < context:
+            sides = 2 if self.bidirectional else 1  # the first tokens see fewer than span
+            seen = self.span * sides if both_ways else self.span - self.span**2 / (2 * context)
+            seen = min(seen, context)
         running = sum(self.by_rank) + self.shared
         total = 0.0
         for p, targets_H in enumerate((self.kinds != INVALID).tolist()):
@@ -187,6 +215,8 @@ class ExpertLowRank(RouterPrior):
             if not out:
                 continue
             total += token_dim * out + self.top_k * out
+            if self.ahead is not None and out > E:
+                total += sum(self.ahead.by_rank) * ((D if p else 0) + out - E)
             if p == 0 and self.hidden_size is not None:
                 continue  # no state yet: what it adds is a constant
             total += D * out + running * (D + out)
@@ -230,12 +260,18 @@ class ExpertLowRank(RouterPrior):
         return torch.stack(out, dim=2)
 
     def shifted_in(self, x_PND: Tensor, B: int, T: int) -> Tensor:
-        """x plus learned shares, value by value, of the token before and of a decayed mean of all before."""
-        if self.shift_2PD is None:
-            return x_PND
-        x_BTPD = x_PND.transpose(0, 1).unflatten(0, (B, T))
-        before = shifted(x_BTPD) * self.shift_2PD[0] + shifted(decayed(x_BTPD, 0.8)) * self.shift_2PD[1]
-        return (x_BTPD + before).flatten(0, 1).transpose(0, 1)
+        """x plus learned shares, value by value, of the token before, of a decayed mean of all before and of
+        the token's state one point before."""
+        mixed_PND = x_PND
+        if self.shift_2PD is not None:
+            x_BTPD = x_PND.transpose(0, 1).unflatten(0, (B, T))
+            mean_BTPD = shifted(decayed(x_BTPD, SHIFT_DECAY))
+            before = shifted(x_BTPD) * self.shift_2PD[0] + mean_BTPD * self.shift_2PD[1]
+            mixed_PND = (x_BTPD + before).flatten(0, 1).transpose(0, 1)
+        if self.depth_PD is not None:
+            above_PND = torch.cat([torch.zeros_like(x_PND[:1]), x_PND[:-1]])
+            mixed_PND = mixed_PND + above_PND * self.depth_PD[:, None]
+        return mixed_PND
 
     def look_back(self, x_PND: Tensor, mixed_PND: Tensor, valid_BT: Tensor) -> Tensor:
         """Attention over the tokens known at the point (earlier ones, or all of a bidirectional stack):
@@ -252,6 +288,8 @@ class ExpertLowRank(RouterPrior):
             bias = bias.masked_fill(~valid_BT[None, :, None, None, :], -1e4)
         else:
             bias = bias.masked_fill(age_TT < 0, -torch.inf)
+        if self.span is not None:
+            bias = bias.masked_fill(age_TT.abs() >= self.span, -torch.inf)
         bias = bias.expand(P, B, A, T, T).to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return out.transpose(2, 3).reshape(P, B * T, -1)
@@ -270,10 +308,9 @@ class ExpertLowRank(RouterPrior):
         first = point if self.reuse_PHE is None else max(0, point - self.lookahead + 1)
         y_BHE: Tensor | None = None
         for p in range(first, point + 1):
-            x_BTD = (
-                self._state_BTD(batch, p) if ids_PND is None else ids_PND[p].view(*batch.valid_BT.shape, -1)
-            )
-            mine_BHE = self._correction_step(history, x_BTD, around_BF, p)
+            x_BTD = self._point_BTD(batch, ids_PND, p)
+            above_BTD = None if self.depth_PD is None or p == 0 else self._point_BTD(batch, ids_PND, p - 1)
+            mine_BHE = self._correction_step(history, x_BTD, above_BTD, around_BF, p)
             if y_BHE is not None and self.reuse_PHE is not None:
                 carried_BHE = torch.cat([y_BHE[:, 1:], torch.zeros_like(y_BHE[:, :1])], dim=1)
                 mine_BHE = mine_BHE + carried_BHE * self.reuse_PHE[p]
@@ -281,8 +318,10 @@ class ExpertLowRank(RouterPrior):
         assert y_BHE is not None
         return self.corrected_step(batch, layer, y_BHE)
 
-    def _state_BTD(self, batch: RoutingBatch, point: int) -> Tensor:
-        """:meth:`state_PND` at one point, of hidden states."""
+    def _point_BTD(self, batch: RoutingBatch, ids_PND: Tensor | None, point: int) -> Tensor:
+        """:meth:`state_PND` at one point; ``ids_PND``: all of it, where it is made of ids."""
+        if ids_PND is not None:
+            return ids_PND[point].view(*batch.valid_BT.shape, -1)
         assert batch.hidden_BTLD is not None
         hidden_BTD = batch.hidden_BTLD[:, :, max(point - 1, 0)].float() * batch.valid_BT[..., None]
         unit_BTD = hidden_BTD * torch.rsqrt(hidden_BTD.pow(2).mean(-1, keepdim=True) + 1e-6)
@@ -298,13 +337,22 @@ class ExpertLowRank(RouterPrior):
         around += [history.token(ngrams, 0)] if isinstance(ngrams, Tensor) else []
         return torch.stack(around).sum(0)
 
-    def _correction_step(self, history: History, x_BTD: Tensor, around_BF: Tensor, point: int) -> Tensor:
+    def _correction_step(
+        self,
+        history: History,
+        x_BTD: Tensor,
+        above_BTD: Tensor | None,
+        around_BF: Tensor,
+        point: int,
+    ) -> Tensor:
         """One point's own correction of the last token: ``[B, H, E]``."""
         batch, E, H = history.batch, self.experts, self.lookahead
         mixed_BTD = x_BTD
         if self.shift_2PD is not None:
             before = shifted(x_BTD) * self.shift_2PD[0, point]
             mixed_BTD = x_BTD + before + shifted(decayed(x_BTD, SHIFT_DECAY)) * self.shift_2PD[1, point]
+        if self.depth_PD is not None and above_BTD is not None:
+            mixed_BTD = mixed_BTD + above_BTD * self.depth_PD[point]
         x_BD, mixed_BD = history.token(x_BTD, 0), history.token(mixed_BTD, 0)
         units = F.gelu(self.into.at(mixed_BD, point))
         gate_BE, gate_BER = self._gates_step(history, point)
@@ -320,6 +368,10 @@ class ExpertLowRank(RouterPrior):
         if point == 0:
             ids_B = history.token(batch.token_ids_BT[..., None], 0)[:, 0]
             y_BHE = y_BHE + (lookup(self.entry_VF, ids_B) * ENTRY_GAIN).view_as(y_BHE)
+        if self.ahead is not None:
+            next_BE = self.corrected_step(batch, point - 1, y_BHE)[:, 0]
+            later_BF = self.ahead.at(mixed_BD, next_BE, point)
+            y_BHE = torch.cat([y_BHE[:, :1], y_BHE[:, 1:] + later_BF.unflatten(-1, (H - 1, E))], dim=1)
         return y_BHE
 
     def _gates_step(self, history: History, point: int) -> tuple[Tensor, Tensor]:
@@ -347,6 +399,8 @@ class ExpertLowRank(RouterPrior):
         score_BAT = q_BAC @ k_BTC.mT * C**-0.5
         score_BAT = score_BAT - F.softplus(self.slope_PA[point])[:, None] * age_B1T.abs()
         known_B1T = history.batch.valid_BT[:, None] if self.bidirectional else age_B1T >= 0
+        if self.span is not None:
+            score_BAT = score_BAT.masked_fill(age_B1T.abs() >= self.span, -torch.inf)
         score_BAT = score_BAT.masked_fill(~known_B1T, -1e4 if self.bidirectional else -torch.inf)
         return torch.einsum("bat,btac->bac", score_BAT.softmax(-1), v_BTAC).flatten(1)
 
