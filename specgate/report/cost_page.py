@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from rich.console import Console
 
 from specgate.report.canvas import panels, tidy
+from specgate.report.dots import shortened
 from specgate.report.html import plain_page
 from specgate.report.style import Row, horizon_name, look_of, select, slug, trace_title, traces_of
 from specgate.report.tables import Table
@@ -156,7 +157,7 @@ def pareto(rows: Sequence[Row], trace: str) -> Figure | None:
                 marker=look.marker,
                 linestyle="",
                 markersize=8,
-                label=row["predictor"],
+                label=shortened(row["predictor"]),
             )
         )
     handles.append(Line2D([], [], color="#999999", linewidth=1.2, label="best for its cost"))

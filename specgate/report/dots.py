@@ -26,6 +26,11 @@ Line = tuple[str, Mapping[int, Spread], str]
 """Label, value per horizon, group (``free``, ``learned``, ``reference``, ``oracle`` or empty)."""
 
 
+def shortened(name: str) -> str:
+    """A label that leaves room for the picture."""
+    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+
+
 def dot_plot(parts: Sequence[tuple[str, Sequence[Line]]], label: str) -> Figure:
     """Best line on top.
 
@@ -47,7 +52,7 @@ def dot_plot(parts: Sequence[tuple[str, Sequence[Line]]], label: str) -> Figure:
                     marker=_MARKERS[horizons.index(h) % len(_MARKERS)], markersize=4.5, capsize=2.5,
                     elinewidth=1.1, linestyle="none",
                 )  # fmt: skip
-        names = [name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…" for name, _, _ in lines]
+        names = [shortened(name) for name, _, _ in lines]
         panel.set_yticks(range(len(lines)), names, fontsize=8)
         for tick, (_, _, group) in zip(panel.get_yticklabels(), lines, strict=True):
             tick.set_color(_COLORS[group])

@@ -136,7 +136,10 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
             for key, value in node.items():
                 walk(value, f"{path}.{key}" if path else str(key))
         elif path not in _BESIDE_KEYS and not path.endswith(".seed"):
-            flat[path] = Path(node).name if isinstance(node, str) and "/" in node else node
+            flat[path] = [last(part) for part in node] if isinstance(node, list) else last(node)
+
+    def last(value: Any) -> Any:
+        return Path(value).name if isinstance(value, str) and "/" in value else value
 
     walk({key: value for key, value in config.items() if key not in _BESIDE}, "")
     return flat
@@ -253,14 +256,22 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 def _differing(group: Group, groups: Sequence[Group]) -> list[str]:
     """``key=value`` of settings in which this group differs: from others of its predictor, or (but for the
-    model's own) from any.
+    model's own) from any that was trained.
     """
     words, mine = [], group.runs[0]["settings"]
-    for key, value in mine.items():
+    for key, value in sorted(
+        mine.items(), key=lambda item: (isinstance(item[1], list), "trainer." not in item[0])
+    ):
         rivals = [g for g in groups if g.predictor == group.predictor or not key.startswith("model.")]
-        if any(rival.runs[0]["settings"].get(key) != value for rival in rivals):
+        own = key.startswith("model.")
+        theirs = [rival.runs[0]["settings"] for rival in rivals if own or rival.runs[0]["steps"]]
+        if any(other.get(key) != value for other in theirs):
             shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-            name = key.removeprefix("model.").removeprefix("callbacks.")
+            if isinstance(value, list):
+                shown = "+".join(map(str, value))
+            name = key
+            for section in ("model.", "callbacks.", "trainer.", "data."):
+                name = name.removeprefix(section)
             if name.endswith("_target_"):  # a class stands for its section
                 name, shown = name.removesuffix("._target_"), shown.rpartition(".")[2]
             if name != "_target_":  # the predictor's own, which the label begins with

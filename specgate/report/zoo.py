@@ -28,6 +28,11 @@ from specgate.report.zoo_store import KIND, store
 REFERENCES = ("shadow",)
 FROM = "router_lookahead"
 HORIZONS = (1, 2, 3)
+TRAINING_ONLY = tuple(
+    f"model.{name}"
+    for name in ("dropout", "block_dropout", "regress", "distill", "lr", "weight_decay", "warmup")
+)
+"""Settings of a predictor that a forecast costs nothing more by."""
 CHEAP = 0.25
 """Share of a host layer's operations up to which a predictor counts as cheap."""
 SECTIONS = ("free", "learned", "reference", ORACLE)
@@ -101,7 +106,8 @@ class Zoo:
     def cost(self, group: Group) -> Mapping[str, Any] | None:
         """The cost row of the predictor with these settings of its own, with the times of all such rows (of
         other machines); a row that tells no settings is taken for the only variant of its predictor."""
-        mine = {k: v for k, v in group.runs[0]["settings"].items() if k.startswith("model.")}
+        settings = group.runs[0]["settings"]
+        mine = {k: v for k, v in settings.items() if k.startswith("model.") and k not in TRAINING_ONLY}
         found: list[Mapping[str, Any]] = []
         for row in self.record["cost"]:
             if row["predictor"].split(" (")[0] == group.predictor:

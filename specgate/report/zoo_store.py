@@ -63,9 +63,15 @@ def store(
 
 
 def differing_settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Each run's settings without those that all runs share, so that groups stay the same."""
+    """Each run's settings without those that all runs share (that were trained, where it is no setting of the
+    predictor), so that groups stay the same."""
     every = sorted({key for run in runs for key in run["settings"]})
-    kept = [key for key in every if len({repr(run["settings"].get(key, "absent")) for run in runs}) > 1]
+
+    def values(key: str) -> set[str]:
+        own = key.startswith("model.")
+        return {repr(run["settings"].get(key, "absent")) for run in runs if own or run["steps"]}
+
+    kept = [key for key in every if len(values(key)) > 1]
     return [{key: run["settings"][key] for key in kept if key in run["settings"]} for run in runs]
 
 
