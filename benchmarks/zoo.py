@@ -149,7 +149,8 @@ class Plan:
         ]
         jobs += [self._written_and_collected(part, name) for part, name in enumerate(self._written)]
         for part, folder in enumerate(self.more_text):
-            text = (f"text.sources={Path(folder).resolve()}", "text.split=train", "sequences=1000000")
+            text = (f"text.sources={Path(folder).resolve()}", "text.split=train", f"text.prefix=text{part}_")
+            text += ("text.exclude_bundled=true", "sequences=1000000")
             jobs.append(self._collected(f"olmoe_ref_text{part}", "moe=olmoe_ref", "text=directory", *text))
         if self.shift_text is not None:
             shift = ("text=directory", f"text.sources={self.shift_text}", f"sequences={self.sequences // 20}")

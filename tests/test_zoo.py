@@ -19,7 +19,7 @@ MANY = ("seed=", "model=")
 
 
 def plan(tmp_path: Path) -> Plan:
-    return Plan(tmp_path, tmp_path / "out", written=15000, shift_text="texts")
+    return Plan(tmp_path, tmp_path / "out", written=15000, more_text=("more",), shift_text="texts")
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import lzma
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ SPLITS = ("train", "validation", "test")
 UNSEEN_SCRIPTS = ("help_chinese", "help_japanese", "help_russian")
 #: Turns the circle of hashes, so that the test split holds documents that no tuning has looked at.
 _TURN = 0.65
+LINE = 50  # characters from which on a line is long enough to tell a copy from a coincidence
 BUNDLED_TEXT = Path(__file__).parent / "reference" / "text"
 
 
@@ -107,12 +109,18 @@ def text_files(sources: str | Path | Iterable[str | Path]) -> list[Path]:
 
 
 def load_documents(
-    sources: str | Path | Iterable[str | Path], split: str | None = None
+    sources: str | Path | Iterable[str | Path],
+    split: str | None = None,
+    prefix: str = "",
+    exclude_bundled: bool = False,
 ) -> list[TextDocument]:
     """Every document of the named files and directories.
 
     Args:
         split: put all of them into this split; None decides by each document's text.
+        prefix: put before the name of every domain and document, to tell them from those of another trace.
+        exclude_bundled: leave out documents of which a twentieth of the long lines also stands in the bundled
+            text, so that a predictor that learns from them has not seen what it is scored on.
 
     Raises:
         TextError: if a source is missing, unreadable, or no document has any text.
@@ -122,9 +130,36 @@ def load_documents(
     documents = [document for path in text_files(sources) for document in documents_of(path)]
     if split is not None:
         documents = [replace(document, split=split) for document in documents]
+    if prefix:
+        documents = [replace(d, name=prefix + d.name, domain=prefix + d.domain) for d in documents]
     if not documents:
         raise TextError(f"The text in {sources} is empty; give at least one document.")
+    if exclude_bundled:
+        documents = without_copies(documents, bundled_documents("all"))
+        if not documents:
+            raise TextError(f"All the text in {sources} also stands in the bundled text; give other text.")
     return documents
+
+
+def without_copies(
+    documents: list[TextDocument], traced: list[TextDocument], share: float = 0.05
+) -> list[TextDocument]:
+    """Leaves out the documents of which more than ``share`` of the long lines also stand in ``traced``.
+
+    So that what is traced was never seen in training, be it a model's or a predictor's. Lines that more than
+    eight documents have in common (licence headers) tell nothing and do not count.
+    """
+    seen: Counter[int] = Counter()
+    lines_of = []
+    for d in documents:
+        lines = {hash(line) for s in d.text.split("\n") if len(line := s.strip()) >= LINE}
+        lines_of.append(lines)
+        seen.update(lines)
+    theirs = {hash(line) for d in traced for s in d.text.split("\n") if len(line := s.strip()) >= LINE}
+    theirs = {h for h in theirs if 0 < seen[h] <= 8}
+    return [
+        d for d, lines in zip(documents, lines_of, strict=True) if len(lines & theirs) <= share * len(lines)
+    ]
 
 
 def bundled_domains() -> list[str]:

@@ -22,12 +22,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from specgate.errors import TextError
-from specgate.moe.text import TextDocument, bundled_documents, load_documents
+from specgate.moe.text import TextDocument, bundled_documents, load_documents, without_copies
 
 PAD, EOS = "<pad>", "</s>"
 SENTINELS = [f"<extra_id_{i}>" for i in range(32)]
 PIECE = 40_000  # characters encoded at once, so that long books spread over the cores
-LINE = 50  # characters from which on a line is long enough to tell a copy from a coincidence
 
 
 @dataclass(frozen=True)
@@ -82,28 +81,6 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, additional_special_tokens=SENTINELS
     ).save_pretrained(directory)
-
-
-def without_copies(
-    documents: list[TextDocument], traced: list[TextDocument], share: float
-) -> list[TextDocument]:
-    """Leaves out the documents of which more than ``share`` of the long lines also stand in ``traced``.
-
-    So that the routing traces come from text the model has never seen. Lines that more than eight documents
-    have in
-    common (licence headers) tell nothing and do not count.
-    """
-    seen: Counter[int] = Counter()
-    lines_of = []
-    for d in documents:
-        lines = {hash(line) for s in d.text.split("\n") if len(line := s.strip()) >= LINE}
-        lines_of.append(lines)
-        seen.update(lines)
-    theirs = {hash(line) for d in traced for s in d.text.split("\n") if len(line := s.strip()) >= LINE}
-    theirs = {h for h in theirs if 0 < seen[h] <= 8}
-    return [
-        d for d, lines in zip(documents, lines_of, strict=True) if len(lines & theirs) <= share * len(lines)
-    ]
 
 
 def encode(tokenizer: Tokenizer, documents: list[TextDocument]) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from specgate.errors import TextError
-from specgate.moe.pretrain.tokens import EOS, encode, load, prepare, split_heldout, without_copies
+from specgate.moe.pretrain.tokens import EOS, encode, load, prepare, split_heldout
 from specgate.moe.text import (
     SEPARATOR,
     UNSEEN_SCRIPTS,
@@ -17,6 +17,7 @@ from specgate.moe.text import (
     documents_of,
     load_documents,
     split_of,
+    without_copies,
 )
 
 WORDS = [
