@@ -94,14 +94,14 @@ class LayerExperts(nn.Module):
         ends = torch.arange(1, P * E + 1, device=x_PND.device)
         ends = torch.searchsorted(sorted_R, ends).to(torch.int32)
         rows_RD = x_PND.to(dtype)[:, :, None].expand(-1, -1, K, -1).reshape(P * N * K, -1)
-        rows_RD = _Permute.apply(rows_RD, order_R, place_R)
+        rows_RD = Permute.apply(rows_RD, order_R, place_R)
         gate_R1 = gate_PNK.reshape(-1, 1).index_select(0, order_R).to(dtype)
         units_RU = self.drop(self.activate(F.grouped_mm(rows_RD, into, offs=ends))) * gate_R1
-        found_RD = _Permute.apply(F.grouped_mm(units_RU, out, offs=ends), place_R, order_R)
+        found_RD = Permute.apply(F.grouped_mm(units_RU, out, offs=ends), place_R, order_R)
         return found_RD.view(P, N, K, -1).sum(2)
 
 
-class _Permute(torch.autograd.Function):
+class Permute(torch.autograd.Function):
     """Rows in another order; the gradient goes back by the inverse order, with nothing to add up."""
 
     @staticmethod

@@ -53,7 +53,10 @@ LEARNED = {
 BUILT_FROM_FILES = {"ensemble", "shadow"}
 #: Small sizes for :func:`fitted`, where a predictor's defaults are too large for a test.
 SMALL: dict[str, dict[str, Any]] = {
-    "expert_lowrank": {"units": 8, "head_width": 8, "value_width": 8},
+    "expert_lowrank": {
+        **{"units": 8, "head_width": 8, "value_width": 8, "span": 5},
+        **{"foresee": [3, 2], "depth": True, "by_expert": True},
+    },
     "attention": {"units": 4, "attention_heads": 2, "head_width": 8, "heads": 2, "width": 32},
     "hierarchical": {"heads": 2, "width": 32, "groups": 2},
     "gnn": {"heads": 2, "width": 32, "node_dim": 16, "graph_heads": 2, "edges": 4, "message_dim": 8},

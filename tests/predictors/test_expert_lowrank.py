@@ -6,6 +6,7 @@ Letters: B sequences, T tokens, L MoE layers, P = L + 1 source points, H horizon
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_untrained_it_says_what_the_router_says(phase: str) -> None:
 
 
 def test_units_of_other_experts_and_beyond_a_ranks_share_are_silent() -> None:
-    model = fitted("expert_lowrank", "prefill", K=2, units=[6, 2], reuse=False)
+    model = fitted("expert_lowrank", "prefill", K=2, units=[6, 2], reuse=False, foresee=None)
     assert isinstance(model, ExpertLowRank)
     batch = make_batch("prefill", B=1, T=3, K=2, padded=False)
     batch.experts_BTLK[0, :, 0] = torch.tensor([0, 1])  # 0 the heavier one, of every token at layer 0
@@ -45,9 +46,62 @@ def test_units_of_other_experts_and_beyond_a_ranks_share_are_silent() -> None:
             weight[:, expert, unit] = kept
 
 
-def test_one_number_per_rank_or_one_for_all() -> None:
-    with pytest.raises(ConfigError, match=r"units=\[3, 2, 1\] is not one number, or 2"):
-        make_predictor("expert_lowrank", K=2, units=[3, 2, 1])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"units": [3, 2, 1]}, r"units=\[3, 2, 1\] is not one number, or 2"),
+        ({"foresee": [2, 3]}, r"foresee=\[2, 3\] is no list of at most 6 numbers of units, falling"),
+        ({"foresee": [1] * 7}, r"foresee=.* is no list of at most 6 numbers"),
+        ({"span": 0}, "span=0 leaves the heads no token to look at"),
+        ({"ngram_rows": -1}, "ngram_rows=-1 is no size of a table"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_predictor("expert_lowrank", K=2, **options)
+
+
+def test_units_of_foreseen_experts_write_beyond_the_layer_that_they_are_foreseen_for() -> None:
+    model = fitted("expert_lowrank", "prefill", K=2, reuse=False, foresee=[2])
+    assert isinstance(model, ExpertLowRank)
+    assert model.ahead is not None
+    batch = make_batch("prefill", K=2, padded=False)
+    with torch.no_grad():
+        before = model(batch)
+        first_BT = before[:, :, 1, 0].argmax(-1)  # whom point 1 foresees in layer 1
+        model.ahead.out.weight.view(LAYERS + 1, EXPERTS, 2, -1)[1, 0] = 7.0
+        after = model(batch)
+    changed_BTH = (after != before).any(-1)[:, :, 1]
+    assert not changed_BTH[..., 0].any()
+    assert torch.equal(changed_BTH[..., 1], first_BT == 0)
+    assert bool((first_BT == 0).any())
+    assert bool((first_BT != 0).any())
+
+
+def test_the_heaviest_experts_map_is_the_one_that_counts() -> None:
+    model = fitted("expert_lowrank", "prefill", K=2, reuse=False, foresee=None, heads=0)
+    assert isinstance(model, ExpertLowRank)
+    assert model.linear_own is not None
+    batch = make_batch("prefill", K=2, padded=False)
+    with torch.no_grad():
+        before = model(batch)
+        model.linear_own.weight[1, 3] = 0.0  # point 1, after layer 0
+        changed_BT = (model(batch) != before)[:, :, 1].flatten(2).any(-1)
+    assert torch.equal(changed_BT, batch.experts_BTLK[:, :, 0, 0] == 3)
+    assert bool(changed_BT.any())
+
+
+def test_no_head_looks_further_back_than_its_span() -> None:
+    options: dict[str, Any] = {"reuse": False, "shift": False, "depth": False, "foresee": None}
+    model = fitted("expert_lowrank", "prefill", K=2, span=3, **options)
+    batch = make_batch("prefill", K=2, padded=False)
+    assert batch.hidden_BTLD is not None
+    other = replace(batch, hidden_BTLD=batch.hidden_BTLD.clone())
+    assert other.hidden_BTLD is not None
+    other.hidden_BTLD[:, 2] += 1.0
+    with torch.no_grad():
+        changed_T = (model(batch) - model(other)).abs().amax((0, 2, 3, 4)) > 1e-6
+    assert changed_T.tolist() == [t in (2, 3, 4) for t in range(8)]
 
 
 def test_a_points_correction_goes_on_to_the_next_point() -> None:
@@ -64,14 +118,16 @@ def test_a_points_correction_goes_on_to_the_next_point() -> None:
             torch.testing.assert_close(out[:, :, p, h], want)
 
 
-def test_stated_cost_is_the_counted_cost_of_a_dense_copy() -> None:
+@pytest.mark.parametrize("foresee", [None, [2] * EXPERTS])
+def test_stated_cost_is_the_counted_cost_of_a_dense_copy(foresee: list[int] | None) -> None:
     """With every expert chosen (K = E) nothing is spared, and the products that torch counts are those
     stated: up to points with nothing to foresee, the router prior (folded into the linear map) and what costs
     no product."""
     K, T = EXPERTS, 8
     model = make_predictor(
-        "expert_lowrank", "decode", K=K, units=3, heads=2, value_width=8, head_width=4, shift=False
-    )
+        "expert_lowrank", "decode", K=K, units=3, heads=2, value_width=8, head_width=4, shift=False,
+        foresee=foresee,
+    )  # fmt: skip
     assert isinstance(model, ExpertLowRank)
     batch = make_batch("decode", B=2, T=T, K=K, padded=False)
     batch = replace(batch, hidden_BTLD=batch.hidden_BTLD)
@@ -91,6 +147,16 @@ def test_stated_cost_is_the_counted_cost_of_a_dense_copy() -> None:
 def test_fewer_units_cost_less_and_longer_contexts_more() -> None:
     few, many = (make_predictor("expert_lowrank", "prefill", K=2, units=n) for n in ([4, 1], 4))
     costs = [few.flops_per_token_layer(64), many.flops_per_token_layer(64), many.flops_per_token_layer(128)]
+    near, own, ahead = (
+        make_predictor("expert_lowrank", "prefill", K=2, units=4, **options)
+        for options in ({"span": 32}, {"by_expert": True}, {"foresee": [1]})
+    )
+    full = many.flops_per_token_layer(128)
+    assert full is not None
+    assert near.flops_per_token_layer(32) == many.flops_per_token_layer(32)
+    assert (near.flops_per_token_layer(128) or full) < full
+    assert own.flops_per_token_layer(128) == full
+    assert (ahead.flops_per_token_layer(128) or 0) > full
     assert None not in costs
     assert costs == sorted(costs, key=float)  # type: ignore[arg-type]
     assert len(set(costs)) == 3

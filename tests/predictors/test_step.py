@@ -61,7 +61,13 @@ def test_step_of_a_deep_mlp_that_looks_past_the_next_token(phase: str, hidden: b
 
 
 @pytest.mark.parametrize(
-    "options", [{"reuse": False}, {"shift": False, "heads": 0}, {"units": [4, 2], "ngram_rows": 7}]
+    "options",
+    [
+        {"reuse": False, "by_expert": False},
+        {"shift": False, "depth": False, "heads": 0},
+        {"units": [4, 2], "ngram_rows": 7, "foresee": None, "span": None},
+        {"foresee": [4, 2, 2], "span": 1, "heads": 2},
+    ],
 )
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_step_of_other_low_rank_forms(phase: str, options: dict[str, Any]) -> None:
