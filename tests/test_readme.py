@@ -103,6 +103,22 @@ COMMANDS: dict[str, Make | Run] = {
     "python collect.py moe=hf moe.path=path/to/model sequences=32 out=/tmp/try": Run(
         COLLECT, {"path/to/model": "{olmoe}", "/tmp/try": "{new}"}
     ),
+    "python -m specgate.moe.generate olmoe_ref --documents 30000 --out data/text/olmoe_ref.txt.xz": Run(
+        ("--documents", "2"), {"data/text/": "{new}/"}, prints_metrics=False
+    ),
+    "python collect.py moe=olmoe_ref text=files text.sources=data/text/olmoe_ref.txt.xz text.split=train "
+    "sequences=30000 out=data/traces/olmoe_ref_written": Run(
+        COLLECT, {"data/text/olmoe_ref.txt.xz": "{text}", "data/traces/": "{new}/"}
+    ),
+    "python train.py data=olmoe_ref_prefill "
+    "'data.traces=[data/traces/olmoe_ref,data/traces/olmoe_ref_written]'": Run(
+        TRAIN,
+        {"data/traces/olmoe_ref_written": "{data}/traces/olmoe_ref_shift", "[data/traces": "[{data}/traces"},
+    ),
+    "python collect.py moe=olmoe_ref text=directory text.sources=my_texts text.split=train text.prefix=mine_ "
+    "text.exclude_bundled=true sequences=100000 out=data/traces/olmoe_ref_mine": Run(
+        COLLECT, {"my_texts": "{text}", "data/traces/": "{new}/"}
+    ),
     "python train.py model=router_residual lookahead=3 data=olmoe_ref_prefill": Run(TRAIN),
     "python train.py model=linear": Run(TRAIN, {"model=linear": "model=mlp"}),
     f"python benchmark.py mode=accuracy data=olmoe_ref_prefill checkpoints=[{RUN}]": Run(

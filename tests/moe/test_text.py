@@ -26,5 +26,5 @@ def test_what_stands_in_the_bundled_text_is_left_out_when_asked_for(tmp_path: Pa
     assert [d.text for d in load_documents(tmp_path, exclude_bundled=True)] == [own]
     assert len(load_documents(tmp_path)) == 2
     (tmp_path / "mine.txt").write_text(copied)
-    with pytest.raises(TextError, match="All the text in .* also stands in the bundled text"):
+    with pytest.raises(TextError, match=r"All the text in .* also stands in the bundled text"):
         load_documents(tmp_path, exclude_bundled=True)
