@@ -69,20 +69,23 @@ class Best:
     options: tuple[str, ...] = ()
 
 
+CHEAP = (
+    *("model.by_expert=true", "model.depth=true", "model.ngram_rows=65536"),
+    *("model.head_width=8", "model.value_width=24", "model.span=32", "model.lr=8.0e-3"),
+)
 BEST = {
     ("olmoe_ref_prefill", "attention"): Best(4, ("model.width=64", "model.regress=40.0")),
     ("olmoe_ref_prefill", "expert_lowrank"): Best(
-        6,
-        (
-            *("model.units=[24,12,6,6]", "model.heads=2", "model.value_width=24"),
-            *("model.dropout=0.1", "model.ngram_rows=65536"),
-        ),
+        5, (*CHEAP, "model.units=[30,16,8,6]", "model.foresee=[8,5,4,3]", "model.heads=2")
     ),
-    ("switch_ref_encoder", "attention"): Best(10, ("model.units=64", "model.regress=8.0")),
+    ("switch_ref_encoder", "attention"): Best(14, ("model.units=64", "model.regress=8.0")),
     ("switch_ref_encoder", "expert_lowrank"): Best(
-        10, ("model.units=64", "model.heads=2", "model.dropout=0.1", "model.ngram_rows=65536")
+        10, (*CHEAP, "model.units=80", "model.foresee=[32,16]", "model.heads=3", "model.dropout=0.1")
     ),
     ("switch_ref_decoder", "attention"): Best(8),
+    ("switch_ref_decoder", "expert_lowrank"): Best(
+        8, (*CHEAP, "model.units=80", "model.foresee=[32,16]", "model.heads=3", "model.dropout=0.1")
+    ),
     ("olmoe_ref_decode", "transformer_xl"): Best(6),
     ("gpt_oss_20b", "transformer_xl"): Best(40, ("model.dropout=0.3",)),
 }
@@ -361,9 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--best-share", type=float, default=1.0, help="of the epochs of stage best")
     parser.add_argument("--sequences", type=int, default=20000)
     parser.add_argument("--decode-sequences", type=int, default=8000)
-    parser.add_argument(
-        "--written", type=int, default=0, help="documents that olmoe_ref writes, for stage best"
-    )
+    parser.add_argument("--written", type=int, default=0, help="documents that olmoe_ref writes")
     parser.add_argument(
         "--more-text",
         nargs="+",
