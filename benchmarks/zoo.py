@@ -152,8 +152,8 @@ class Plan:
         ]
         jobs += [self._written_and_collected(part, name) for part, name in enumerate(self._written)]
         for part, folder in enumerate(self.more_text):
-            text = (f"text.sources={Path(folder).resolve()}", "text.split=train", f"text.prefix=text{part}_")
-            text += ("text.exclude_bundled=true", "sequences=1000000")
+            text = (f"text.sources={Path(folder).resolve()}", f"text.prefix=text{part}_")
+            text += ("text.split=train", "text.exclude_bundled=true", "sequences=1000000")
             jobs.append(self._collected(f"olmoe_ref_text{part}", "moe=olmoe_ref", "text=directory", *text))
         if self.shift_text is not None:
             shift = ("text=directory", f"text.sources={self.shift_text}", f"sequences={self.sequences // 20}")
@@ -290,8 +290,7 @@ class Plan:
 
     def _more(self) -> list[Job]:
         jobs, first = [], str(self.seeds[0])
-        for data in self.data:
-            members = self._ensembled(data)
+        for data, members in ((data, self._ensembled(data)) for data in self.data):
             shifted = (f"{TRACE[data]}_shift",) if self.shift_text and data in SHIFTED else ()
             shift = [f"shift=[{SHIFTED[data]}]"] if shifted else []
             checkpoints = [folder / first for folder in members.values()]
