@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks.best import BEST
 from benchmarks.scheduler import Job, Scheduler
 
 STAGES = ("collect", "best", "grid", "quantized", "free", "shadow", "ensemble", "more", "cost")
@@ -61,34 +62,6 @@ IDS = ("gpt_oss_20b",)
 SHIFTED = {"switch_ref_encoder": "switch_ref_encoder_shift", "olmoe_ref_prefill": "olmoe_ref_shift"}
 
 
-@dataclass(frozen=True)
-class Best:
-    """Settings of stage best (docs/LOG.md says how they were found); ``epochs`` of all text there is."""
-
-    epochs: int
-    options: tuple[str, ...] = ()
-
-
-CHEAP = (
-    *("model.by_expert=true", "model.depth=true", "model.ngram_rows=65536"),
-    *("model.head_width=8", "model.value_width=24", "model.span=32", "model.lr=8.0e-3"),
-)
-BEST = {
-    ("olmoe_ref_prefill", "attention"): Best(4, ("model.width=64", "model.regress=40.0")),
-    ("olmoe_ref_prefill", "expert_lowrank"): Best(
-        5, (*CHEAP, "model.units=[30,16,8,6]", "model.foresee=[8,5,4,3]", "model.heads=2")
-    ),
-    ("switch_ref_encoder", "attention"): Best(14, ("model.units=64", "model.regress=8.0")),
-    ("switch_ref_encoder", "expert_lowrank"): Best(
-        10, (*CHEAP, "model.units=80", "model.foresee=[32,16]", "model.heads=3", "model.dropout=0.1")
-    ),
-    ("switch_ref_decoder", "attention"): Best(8),
-    ("switch_ref_decoder", "expert_lowrank"): Best(
-        8, (*CHEAP, "model.units=80", "model.foresee=[32,16]", "model.heads=3", "model.dropout=0.1")
-    ),
-    ("olmoe_ref_decode", "transformer_xl"): Best(6),
-    ("gpt_oss_20b", "transformer_xl"): Best(40, ("model.dropout=0.3",)),
-}
 WRITTEN_PART = 10000
 
 
@@ -240,7 +213,7 @@ class Plan:
     def _best(self) -> list[Job]:
         jobs = []
         for (data, model), run in BEST.items():
-            more = self._further if data == "olmoe_ref_prefill" else []
+            more = () if run.more is None else (*run.more, *self._further)
             for seed in self.seeds if data in self.data else ():
                 name = f"best/{data}/{model}/{seed}"
                 epochs = max(1, round(self.best_share * run.epochs))
@@ -314,7 +287,11 @@ class Plan:
     def _cost(self) -> list[Job]:
         jobs = []
         for data in self.data:
-            best = {model: run.options for (name, model), run in BEST.items() if name == data}
+            best = {
+                model: [o for o in run.options if o.startswith("model.")]
+                for (name, model), run in BEST.items()
+                if name == data
+            }
             models = [
                 *self.models,
                 *(" ".join([m, *(o[6:] for o in options)]) for m, options in best.items() if options),

@@ -49,6 +49,9 @@ class RoutingDataModule(L.LightningDataModule):
         splits: shares of train, validation and test for documents whose trace says nothing about their split.
         everything: all documents are the test split, whatever the trace says of them. For text that nothing
             was trained or tuned on, such as another domain; there are no train and validation batches then.
+        train_on_prefill: train on prefill sequences too, as if their text were being decoded (only for phase
+            decode of a decoder, which goes through the same states when it reads a text as when it writes
+            it). What is scored stays decoded text.
         use_hidden: serve hidden states if the trace has them; False makes an id-only data set of any trace.
         seed: of the order of training batches and of the training sequences kept under ``max_sequences``.
         pin_memory: passed to the DataLoader.
@@ -73,6 +76,7 @@ class RoutingDataModule(L.LightningDataModule):
         max_sequences: int | Mapping[str, int | None] | None = None,
         splits: Sequence[float] = (0.8, 0.1, 0.1),
         everything: bool = False,
+        train_on_prefill: bool = False,
         use_hidden: bool = True,
         seed: int = 0,
         pin_memory: bool = False,
@@ -92,12 +96,17 @@ class RoutingDataModule(L.LightningDataModule):
             raise TraceError(f"data.context is {context}; it must be 0 or more.")
         if isinstance(max_sequences, Mapping) and (odd := sorted(set(max_sequences) - set(SPLITS))):
             raise TraceError(f"data.max_sequences names split {odd[0]!r}; choose among {', '.join(SPLITS)}.")
+        if train_on_prefill and (stack, phase) != ("decoder", "decode"):
+            raise TraceError(
+                f"data.train_on_prefill is for decoding, not for {phase} of the {stack}; leave it out, or "
+                "set data.stack=decoder data.phase=decode."
+            )
         check_ratios(tuple(splits))
         self.stack, self.phase, self.window, self.batch_size = stack, phase, window, batch_size
         self.context = context if context is not None else (DECODE_CONTEXT if phase == "decode" else 0)
         self.num_workers, self.max_sequences, self.seed = num_workers, max_sequences, seed
         self.splits = (float(splits[0]), float(splits[1]), float(splits[2]))
-        self.everything, self.use_hidden = everything, use_hidden
+        self.everything, self.use_hidden, self.train_on_prefill = everything, use_hidden, train_on_prefill
         self.pin_memory, self.verify = pin_memory, verify
         self.cache = cache if cache != "auto" else "cuda" if torch.cuda.is_available() else None
         self._opened: _Opened | None = None
@@ -272,7 +281,7 @@ class _Opened:
 
     def _check(self, dm: RoutingDataModule, path: Path, reader: TraceReader, view: StackView) -> None:
         first, info = self.views[0].info, view.info
-        if dm.phase not in reader.header.phases:
+        if dm.phase not in reader.header.phases and not dm.train_on_prefill:
             raise TraceError(
                 f"{path} holds phase {' and '.join(reader.header.phases)}, not {dm.phase!r}; set data.phase "
                 "or choose another trace."
@@ -306,7 +315,9 @@ class _Opened:
         chosen: list[Array] = []
         for view, names in zip(self.views, self.names, strict=True):
             s = view.sequences
-            mine = (self.split_D[names[s.document_S]] == number) & (s.phase_S == PHASES.index(dm.phase))
+            mine = self.split_D[names[s.document_S]] == number
+            if split != "train" or not dm.train_on_prefill:
+                mine &= s.phase_S == PHASES.index(dm.phase)
             chosen.append(np.nonzero(mine)[0])
         total = sum(map(len, chosen))
         if not total:
