@@ -151,13 +151,11 @@ class ExpertLowRank(ExpertLowRankStep):
         """Attention over the tokens known at the point (earlier ones, or all of a bidirectional stack):
         ``[P, N, A * C]``."""
         (B, T), P, A, C = valid_BT.shape, self.layers + 1, self.heads, self.head_width
-        qk_PNF = self.query_key(x_PND)
+        q_PNF, k_PNC = self.query_key(x_PND).split([A * C, C], dim=-1)
         v_PNF = self.value(mixed_PND)
-        if self.query_key_own is not None and self.value_own is not None:
-            ran_PN1, first_PN = (gate_PNE > 0).any(-1, keepdim=True), gate_PNE.argmax(-1)
-            qk_PNF = qk_PNF + self.query_key_own(x_PND * ran_PN1, first_PN)
-            v_PNF = v_PNF + self.value_own(mixed_PND * ran_PN1, first_PN)
-        q_PNF, k_PNC = qk_PNF.split([A * C, C], dim=-1)
+        if self.value_own is not None:
+            ran_PN1 = (gate_PNE > 0).any(-1, keepdim=True)
+            v_PNF = v_PNF + self.value_own(mixed_PND * ran_PN1, gate_PNE.argmax(-1))
         q = q_PNF.view(P, B, T, A, C).transpose(2, 3)
         k = k_PNC.view(P, B, 1, T, C).expand(-1, -1, A, -1, -1)
         v = v_PNF.view(P, B, T, A, self.value_width).transpose(2, 3)

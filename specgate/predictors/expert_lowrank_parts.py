@@ -90,9 +90,7 @@ class ExpertLowRankParts(RouterPrior):
         self.weight_out = PointLinear(P, E + token_dim, out, zero=True)
         self.linear_PDF = nn.Parameter(torch.zeros(P, D, out))
         self.linear_own = ExpertLinear(P, E, D, out) if by_expert else None
-        own = by_expert and heads > 0
-        self.value_own = ExpertLinear(P, E, D, heads * value_width) if own else None
-        self.query_key_own = ExpertLinear(P, E, D, (heads + 1) * head_width) if own else None
+        self.value_own = ExpertLinear(P, E, D, heads * value_width) if by_expert and heads else None
         ahead = [int(n) for n in foresee or []] if H > 1 else []
         self.ahead = ExpertUnits(P, D, E, ahead, out - E, self.top_k == 1) if ahead else None
         if heads:

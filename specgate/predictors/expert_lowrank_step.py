@@ -142,18 +142,14 @@ class ExpertLowRankStep(ExpertLowRankParts):
     def _look_back_step(self, history: History, x_BTD: Tensor, mixed_BTD: Tensor, point: int) -> Tensor:
         """:meth:`look_back` of the last token at one point: ``[B, A * C]``."""
         B, A, C = len(history.rows_B), self.heads, self.head_width
-        x_NF, mixed_NF = x_BTD.flatten(0, 1), mixed_BTD.flatten(0, 1)
-        q_BF = self.query_key.at(history.token(x_BTD, 0), point, 0, A * C)
-        k_NC = self.query_key.at(x_NF, point, A * C)
+        mixed_NF = mixed_BTD.flatten(0, 1)
+        q_BAC = self.query_key.at(history.token(x_BTD, 0), point, 0, A * C).view(B, A, C)
+        k_BTC = self.query_key.at(x_BTD.flatten(0, 1), point, A * C).unflatten(0, (B, -1))
         v_NF = self.value.at(mixed_NF, point)
-        if self.query_key_own is not None and self.value_own is not None:
+        if self.value_own is not None:
             gate_NE = self._gates_BTE(history.batch, point).flatten(0, 1)
-            ran_N1, first_N = (gate_NE > 0).any(-1, keepdim=True), gate_NE.argmax(-1)
-            own_NF = self.query_key_own.at(x_NF * ran_N1, first_N, point)
-            q_BF = q_BF + history.token(own_NF.view(*x_BTD.shape[:2], -1), 0)[:, : A * C]
-            k_NC = k_NC + own_NF[:, A * C :]
-            v_NF = v_NF + self.value_own.at(mixed_NF * ran_N1, first_N, point)
-        q_BAC, k_BTC = q_BF.view(B, A, C), k_NC.unflatten(0, (B, -1))
+            ran_N1 = (gate_NE > 0).any(-1, keepdim=True)
+            v_NF = v_NF + self.value_own.at(mixed_NF * ran_N1, gate_NE.argmax(-1), point)
         v_BTAC = v_NF.unflatten(0, (B, -1)).unflatten(-1, (A, -1))
         age_B1T = history.age_BT[:, None]
         score_BAT = q_BAC @ k_BTC.mT * C**-0.5

@@ -13,7 +13,7 @@ from specgate.report.cost_page import publish_cost
 from specgate.report.flow_page import publish_transitions
 from specgate.report.html import write_page
 from specgate.report.plots import draw_all
-from specgate.report.quantized import publish_quantized
+from specgate.report.quantized_page import publish_quantized
 from specgate.report.style import scored_rows, traces_of
 from specgate.report.tables import (
     Table,

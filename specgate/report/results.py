@@ -16,6 +16,7 @@ from typing import Any
 from specgate.errors import SpecgateError
 from specgate.report import zoo
 from specgate.report.calibration_page import calibration_section, is_calibration, slim_calibration
+from specgate.report.quantized_page import is_quantized, quantized_section, slim_quantized
 from specgate.report.record import describe_hardware, read_record, write_json
 from specgate.report.running import is_running, running_section, slim_running
 from specgate.report.style import scored_rows, slug, traces_of
@@ -60,6 +61,8 @@ def slim(record: Mapping[str, Any]) -> dict[str, Any]:
         return kept | slim_calibration(record)
     if is_uncertainty(record):
         return kept | slim_uncertainty(record)
+    if is_quantized(record):
+        return kept | slim_quantized(record)
     kept["rows"] = [{k: v for k, v in row.items() if k not in DROPPED} for row in scored_rows(record)]
     if "load" in kept:
         kept["load"] = {
@@ -111,6 +114,8 @@ def _section(name: str, record: Mapping[str, Any]) -> list[str]:
         return [f"## {name}", "", *_origin(record), "", *calibration_section(record), ""]
     if is_uncertainty(record):
         return [f"## {name}", "", *_origin(record), "", *uncertainty_section(record), ""]
+    if is_quantized(record):
+        return [f"## {name}", "", *_origin(record), "", *quantized_section(record), ""]
     rows, load = scored_rows(record), record.get("load", {})
     split = record.get("split", "test")
     parts = [f"## {name}" + ("" if split == "test" else f" ({split} split)"), "", *_origin(record), ""]

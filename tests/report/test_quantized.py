@@ -15,8 +15,10 @@ from specgate.errors import ConfigError
 from specgate.predictors.quantize import pack
 from specgate.report.modes import run_mode
 from specgate.report.publish import publish
-from specgate.report.quantized import QuantizeSettings, quantized_table
-from specgate.report.record import Run, read_record
+from specgate.report.quantized import QuantizeSettings
+from specgate.report.quantized_page import quantized_table
+from specgate.report.record import Run, read_record, write_json
+from specgate.report.results import make
 from specgate.traces.datamodule import RoutingDataModule
 from tests.test_configs import CONF
 
@@ -77,6 +79,15 @@ def test_page_states_what_is_lost(record: dict[str, Any], tmp_path: Path) -> Non
     four = (rows["int4aware"]["recall_n1"] + rows["int4aware"]["recall_n2"]) / 2
     assert lost["float32"] == "–"
     assert lost["int4aware"] == f"{100 * (full - four):.2f}"
+
+
+def test_the_results_page_shows_it_beside_other_runs(record: dict[str, Any], tmp_path: Path) -> None:
+    write_json(tmp_path / "run" / "metrics.json", record)
+    page = make(tmp_path / "docs" / "RESULTS.md", [str(tmp_path / "run")]).read_text()
+    table = quantized_table(record["rows"], "tiny")
+    assert "## benchmark-quantize-tiny" in page
+    assert table.to_markdown() in page
+    assert make(tmp_path / "docs" / "RESULTS.md").read_text() == page, "from what was stored alone"
 
 
 def test_what_makes_no_sense_is_refused() -> None:

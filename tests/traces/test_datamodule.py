@@ -202,34 +202,6 @@ def test_everything_is_a_test_document(trace: Path) -> None:
             loader()
 
 
-def test_prefill_sequences_are_trained_on_as_if_decoded_and_never_scored(trace: Path, tmp_path: Path) -> None:
-    stacks = {"decoder": stack_info(3, 8, 2)}
-    header = replace(header_for(stacks, phases=("prefill",)), documents=documents())
-    write_trace(tmp_path / "read", stacks, LENGTHS, header)  # without a single decoded sequence
-    both = [trace, tmp_path / "read"]
-    plain, more = (
-        RoutingDataModule(trace if not flag else both, "decoder", "decode", window=8, train_on_prefill=flag)
-        for flag in (False, True)
-    )
-    sizes = [
-        {split: sum(int(b.mask_BT.sum()) for b in loader) for split, loader in loaders(dm).items()}
-        for dm in (plain, more)
-    ]
-    tokens = [r.stack("decoder").sequences for r in more.readers]
-    assert sizes[1]["train"] == sum(int(s.length_S[s.split_S == 0].sum()) for s in tokens)
-    assert sizes[1]["train"] > sizes[0]["train"]
-    assert {k: v for k, v in sizes[1].items() if k != "train"} == {
-        k: v for k, v in sizes[0].items() if k != "train"
-    }
-    assert {b.phase for b in more.train_dataloader()} == {"decode"}
-    assert more.text_digest("test") == plain.text_digest("test")
-    with pytest.raises(TraceError, match="holds phase prefill, not 'decode'"):
-        _ = RoutingDataModule(tmp_path / "read", "decoder", "decode").spec
-    for stack, phase in (("decoder", "prefill"), ("encoder", "decode")):
-        with pytest.raises(TraceError, match=f"train_on_prefill is for decoding, not for {phase} of the"):
-            RoutingDataModule(trace, stack, phase, train_on_prefill=True)
-
-
 def test_order_depends_on_seed_and_epoch_only(trace: Path) -> None:
     def order(seed: int, epoch: int) -> list[int]:
         loader = RoutingDataModule(trace, "decoder", window=4, batch_size=2, seed=seed).train_dataloader()
