@@ -138,7 +138,8 @@ class ExpertLowRankParts(RouterPrior):
     def flops_per_token_layer(self, context: int) -> float | None:
         """Floating-point operations (a multiply-add is two) of the units that run, the keys and values of
         earlier tokens and the previous point's correction being kept; only where there is something to
-        foresee. Additions per value are left out."""
+        foresee. What is linear in the state (the routers, the shared map, the heaviest expert's own) counts
+        as one product, since the sum of matrices is one. Additions per value are left out."""
         E, A, C, V = self.experts, self.heads, self.head_width, self.value_width
         D, token_dim = self.linear_PDF.shape[1], self.weight_out.weight.shape[1] - E
         both_ways = self.bidirectional or self.phase == "decode"
