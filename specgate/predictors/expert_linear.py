@@ -42,7 +42,11 @@ class ExpertLinear(nn.Module):
 
     def at(self, x_ND: Tensor, expert_N: Tensor, point: int) -> Tensor:
         """One point's maps: ``[N, D]``, ``[N]`` -> ``[N, F]``."""
-        return (x_ND[:, None] @ weight_at(self, point)[expert_N])[:, 0]
+        weight_EDF = weight_at(self, point)
+        if x_ND.shape[0] <= 2 * self.experts:
+            return (x_ND[:, None] @ weight_EDF[expert_N])[:, 0]
+        every_NEF = (x_ND @ weight_EDF.transpose(0, 1).flatten(1)).unflatten(-1, (self.experts, -1))
+        return every_NEF[torch.arange(x_ND.shape[0], device=x_ND.device), expert_N]
 
     def dense(self, x_PND: Tensor, expert_PN: Tensor) -> Tensor:
         """Every expert's map of every token, of which one is kept."""

@@ -142,19 +142,28 @@ class ExpertLowRankStep(ExpertLowRankParts):
     def _look_back_step(self, history: History, x_BTD: Tensor, mixed_BTD: Tensor, point: int) -> Tensor:
         """:meth:`look_back` of the last token at one point: ``[B, A * C]``."""
         B, A, C = len(history.rows_B), self.heads, self.head_width
-        mixed_NF = mixed_BTD.flatten(0, 1)
         q_BAC = self.query_key.at(history.token(x_BTD, 0), point, 0, A * C).view(B, A, C)
+        age_BT, valid_BT = history.age_BT, history.batch.valid_BT
+        gate_BTE = None if self.value_own is None else self._gates_BTE(history.batch, point)
+        if self.span is not None and self.span < age_BT.shape[1]:  # the others are out of sight
+            age_S = torch.arange(self.span, device=age_BT.device)
+            index_BS = history.last_B[:, None] - age_S
+            seen = history.rows_B[:, None], index_BS.clamp(min=0)
+            x_BTD, mixed_BTD, valid_BT = x_BTD[seen], mixed_BTD[seen], valid_BT[seen] & (index_BS >= 0)
+            gate_BTE = None if gate_BTE is None else gate_BTE[seen]
+            age_BT = torch.where(index_BS >= 0, age_S, -1)
+        mixed_NF = mixed_BTD.flatten(0, 1)
         k_BTC = self.query_key.at(x_BTD.flatten(0, 1), point, A * C).unflatten(0, (B, -1))
         v_NF = self.value.at(mixed_NF, point)
-        if self.value_own is not None:
-            gate_NE = self._gates_BTE(history.batch, point).flatten(0, 1)
+        if self.value_own is not None and gate_BTE is not None:
+            gate_NE = gate_BTE.flatten(0, 1)
             ran_N1 = (gate_NE > 0).any(-1, keepdim=True)
             v_NF = v_NF + self.value_own.at(mixed_NF * ran_N1, gate_NE.argmax(-1), point)
         v_BTAC = v_NF.unflatten(0, (B, -1)).unflatten(-1, (A, -1))
-        age_B1T = history.age_BT[:, None]
+        age_B1T = age_BT[:, None]
         score_BAT = q_BAC @ k_BTC.mT * C**-0.5
         score_BAT = score_BAT - F.softplus(self.slope_PA[point])[:, None] * age_B1T.abs()
-        known_B1T = history.batch.valid_BT[:, None] if self.bidirectional else age_B1T >= 0
+        known_B1T = valid_BT[:, None] if self.bidirectional else age_B1T >= 0
         if self.span is not None:
             score_BAT = score_BAT.masked_fill(age_B1T.abs() >= self.span, -torch.inf)
         score_BAT = score_BAT.masked_fill(~known_B1T, -1e4 if self.bidirectional else -torch.inf)
