@@ -20,28 +20,29 @@ class Best:
     more: tuple[str, ...] | None = None
 
 
-CHEAP = (
+LOW_RANK = (
     *("model.by_expert=true", "model.depth=true", "model.ngram_rows=65536"),
     *("model.head_width=8", "model.value_width=24", "model.span=32", "model.lr=8.0e-3"),
 )
+"""What all forms of expert_lowrank have in common."""
 BEST = {
     ("olmoe_ref_prefill", "attention"): Best(4, ("model.width=64", "model.regress=40.0"), ()),
     ("olmoe_ref_prefill", "expert_lowrank"): Best(
-        5, (*CHEAP, "model.units=[30,16,8,6]", "model.foresee=[8,5,4,3]", "model.heads=2"), ()
+        5, (*LOW_RANK, "model.units=[30,16,8,6]", "model.foresee=[8,5,4,3]", "model.heads=2"), ()
     ),
     ("switch_ref_encoder", "attention"): Best(14, ("model.units=64", "model.regress=8.0")),
     ("switch_ref_encoder", "expert_lowrank"): Best(
-        10, (*CHEAP, "model.units=80", "model.foresee=[32,16]", "model.heads=3", "model.dropout=0.1")
+        10, (*LOW_RANK, "model.units=80", "model.foresee=[32,16]", "model.heads=3", "model.dropout=0.1")
     ),
     ("switch_ref_decoder", "attention"): Best(8),
     ("switch_ref_decoder", "expert_lowrank"): Best(
-        8, (*CHEAP, "model.units=80", "model.foresee=[32,16]", "model.heads=3", "model.dropout=0.1")
+        8, (*LOW_RANK, "model.units=80", "model.foresee=[32,16]", "model.heads=3", "model.dropout=0.1")
     ),
     ("olmoe_ref_decode", "transformer_xl"): Best(6),
     ("olmoe_ref_decode", "expert_lowrank"): Best(
         4,
         (
-            *CHEAP,
+            *LOW_RANK,
             "model.units=[18,9,5,4]",
             "model.foresee=[6,4,3]",
             "model.heads=2",

@@ -1,6 +1,7 @@
 """Units that belong to experts, of which those of the experts ranked first run.
 
-Letters: N tokens, P source points, D size of the state, E experts per layer, R units per expert, F outputs.
+Letters: N tokens, P source points, D size of the state, E experts per layer, K ranks that run,
+R units per expert, F outputs.
 """
 
 from __future__ import annotations
