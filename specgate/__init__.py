@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 #: Public name -> module that defines it.
 _PUBLIC = {
+    "BudgetError": "specgate.errors",
     "CheckpointError": "specgate.errors",
     "ConfigError": "specgate.errors",
     "Forecast": "specgate.forecast",
@@ -20,6 +21,7 @@ _PUBLIC = {
     "RoutingBatch": "specgate.traces.batch",
     "RoutingDataModule": "specgate.traces.datamodule",
     "SpecgateError": "specgate.errors",
+    "StoreError": "specgate.errors",
     "TextError": "specgate.errors",
     "TraceError": "specgate.errors",
     "TraceReader": "specgate.traces.store",

@@ -27,3 +27,11 @@ class ConfigError(SpecgateError):
 
 class NotApplicableError(ConfigError):
     """A choice makes sense, but not for this trace or without more settings: a sweep passes over it."""
+
+
+class StoreError(SpecgateError):
+    """The expert store met a missing, truncated or corrupted file, refused memory, or was used after closing."""
+
+
+class BudgetError(StoreError):
+    """The memory budget holds fewer experts than one layer needs at once."""
