@@ -1,0 +1,170 @@
+#include "policy.h"
+
+#include <cmath>
+#include <limits>
+
+#include "error.h"
+
+namespace specgate {
+
+namespace {
+constexpr double kNever = std::numeric_limits<double>::infinity();
+}
+
+PolicyKind policy_kind(const std::string& name) {
+  if (name == "lru") return PolicyKind::Lru;
+  if (name == "lfu") return PolicyKind::Lfu;
+  if (name == "lfru") return PolicyKind::Lfru;
+  if (name == "static") return PolicyKind::Static;
+  if (name == "forecast") return PolicyKind::Forecast;
+  if (name == "belady") return PolicyKind::Belady;
+  throw StoreFailure(StoreFailure::Kind::Config,
+                     "eviction=" + name + " is unknown: choose lru, lfu, lfru, static, forecast or belady");
+}
+
+Policy::Policy(PolicyKind kind, const std::vector<uint32_t>& block_class, uint32_t classes, double half_life)
+    : kind_(kind),
+      half_life_(half_life),
+      block_class_(block_class),
+      entries_(block_class.size()),
+      evictable_(classes) {
+  if (!(half_life > 0)) {
+    throw StoreFailure(StoreFailure::Kind::Config,
+                       "half_life=" + std::to_string(half_life) + " must be a positive number of events");
+  }
+}
+
+double Policy::next_use(uint32_t block) const {
+  const Entry& entry = entries_[block];
+  return entry.next < entry.future.size() ? static_cast<double>(entry.future[entry.next]) : kNever;
+}
+
+Policy::Key Policy::key(uint32_t block) const {
+  const Entry& entry = entries_[block];
+  switch (kind_) {
+    case PolicyKind::Lru:
+      return {entry.last, entry.last, block};
+    case PolicyKind::Lfu:
+      return {entry.uses, entry.last, block};
+    case PolicyKind::Lfru:
+      // log2 of the decayed frequency, moved to time 0: the order of two blocks does not change with time
+      return {entry.frequency > 0 ? std::log2(entry.frequency) + entry.since / half_life_ : -kNever, entry.last, block};
+    case PolicyKind::Static:
+      return {entry.weight, entry.last, block};
+    case PolicyKind::Forecast:
+      return {entry.score, entry.last, block};
+    case PolicyKind::Belady:
+      return {-next_use(block), entry.last, block};
+  }
+  return {0, 0, block};
+}
+
+template <typename Change>
+void Policy::update(uint32_t block, Change change) {
+  Entry& entry = entries_[block];
+  if (!entry.evictable) {
+    change(entry);
+    return;
+  }
+  std::set<Key>& order = evictable_[block_class_[block]];
+  order.erase(key(block));
+  change(entry);
+  order.insert(key(block));
+}
+
+void Policy::advance(int64_t tick) {
+  tick_ = tick;
+  const auto event = static_cast<size_t>(tick - 1);
+  if (kind_ != PolicyKind::Belady || event >= events_.size()) return;
+  for (const uint32_t block : events_[event]) {
+    update(block, [&](Entry& entry) {
+      while (entry.next < entry.future.size() && entry.future[entry.next] <= tick) ++entry.next;
+    });
+  }
+}
+
+void Policy::insert(uint32_t block, int64_t tick) {
+  update(block, [&](Entry& entry) { entry.last = static_cast<double>(tick); });
+}
+
+void Policy::use(uint32_t block, int64_t tick) {
+  const auto now = static_cast<double>(tick);
+  update(block, [&](Entry& entry) {
+    entry.last = now;
+    entry.uses += 1;
+    entry.frequency = entry.frequency * std::pow(2.0, -(now - entry.since) / half_life_) + 1.0;
+    entry.since = now;
+    entry.score = 0;
+  });
+}
+
+void Policy::hint(uint32_t block, double p) {
+  update(block, [&](Entry& entry) { entry.score = entry.hinted = p; });
+}
+
+void Policy::join(uint32_t block) {
+  Entry& entry = entries_[block];
+  if (entry.evictable) return;
+  entry.evictable = true;
+  evictable_[block_class_[block]].insert(key(block));
+}
+
+void Policy::leave(uint32_t block) {
+  Entry& entry = entries_[block];
+  if (!entry.evictable) return;
+  evictable_[block_class_[block]].erase(key(block));
+  entry.evictable = false;
+}
+
+int64_t Policy::victim(uint32_t shape_class) const {
+  const std::set<Key>& order = evictable_[shape_class];
+  return order.empty() ? -1 : static_cast<int64_t>(std::get<2>(*order.begin()));
+}
+
+bool Policy::admits(uint32_t block, uint32_t victim) const {
+  if (kind_ == PolicyKind::Forecast) return entries_[victim].score < entries_[block].hinted;
+  if (kind_ == PolicyKind::Belady) return next_use(block) < next_use(victim);
+  return true;
+}
+
+void Policy::set_weights(const std::vector<double>& weights) {
+  if (weights.size() != entries_.size()) {
+    throw StoreFailure(StoreFailure::Kind::Config, std::to_string(weights.size()) + " weights for " +
+                                                       std::to_string(entries_.size()) +
+                                                       " experts: give one for each");
+  }
+  for (const double weight : weights) {
+    if (std::isnan(weight)) throw StoreFailure(StoreFailure::Kind::Config, "a weight is NaN: give numbers");
+  }
+  for (uint32_t b = 0; b < entries_.size(); ++b) {
+    update(b, [&](Entry& entry) { entry.weight = weights[b]; });
+  }
+}
+
+void Policy::set_future(const std::vector<std::vector<uint32_t>>& events) {
+  for (const auto& event : events) {
+    for (const uint32_t block : event) {
+      if (block >= entries_.size()) {
+        throw StoreFailure(StoreFailure::Kind::Config, "the future names block " + std::to_string(block) +
+                                                           ", there are only " + std::to_string(entries_.size()));
+      }
+    }
+  }
+  std::vector<std::vector<int64_t>> uses(entries_.size());
+  for (size_t i = 0; i < events.size(); ++i) {
+    for (const uint32_t block : events[i]) {
+      const auto tick = static_cast<int64_t>(i + 1);
+      if (uses[block].empty() || uses[block].back() != tick) uses[block].push_back(tick);
+    }
+  }
+  for (uint32_t b = 0; b < entries_.size(); ++b) {
+    update(b, [&](Entry& entry) {
+      entry.future = std::move(uses[b]);
+      entry.next = 0;
+      while (entry.next < entry.future.size() && entry.future[entry.next] <= tick_) ++entry.next;
+    });
+  }
+  events_ = events;
+}
+
+}  // namespace specgate

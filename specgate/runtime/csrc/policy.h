@@ -1,0 +1,74 @@
+// Eviction policies: which evictable block of a shape class goes first.
+//
+// All keep the evictable blocks of each class in an ordered set, so that every operation costs O(log S) for S
+// evictable blocks. The least key goes first; equal keys by block number. docs/runtime.md states the keys.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <set>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace specgate {
+
+/// What decides who is evicted.
+enum class PolicyKind { Lru, Lfu, Lfru, Static, Forecast, Belady };
+
+/// From its name: lru, lfu, lfru, static, forecast, belady. Throws StoreFailure(Config) for another.
+PolicyKind policy_kind(const std::string& name);
+
+/// The order of eviction of one tier.
+class Policy {
+ public:
+  /// `block_class[b]`: shape class of block b; `half_life` in ticks, for lfru.
+  Policy(PolicyKind kind, const std::vector<uint32_t>& block_class, uint32_t classes, double half_life);
+
+  /// A new event: for belady, the future moves on.
+  void advance(int64_t tick);
+  /// The block became resident.
+  void insert(uint32_t block, int64_t tick);
+  /// The block was asked for (resident or not).
+  void use(uint32_t block, int64_t tick);
+  /// The newest forecast says that the block is used with probability p.
+  void hint(uint32_t block, double p);
+  /// The block may be evicted from now on / may not.
+  void join(uint32_t block);
+  void leave(uint32_t block);
+  /// The evictable block of the class that goes first; -1 if there is none.
+  int64_t victim(uint32_t shape_class) const;
+  /// Whether a speculative load of `block` may take the place of `victim`.
+  bool admits(uint32_t block, uint32_t victim) const;
+
+  void set_weights(const std::vector<double>& weights);
+  /// `events[i]`: blocks of the (i + 1)-th event.
+  void set_future(const std::vector<std::vector<uint32_t>>& events);
+  /// Whether the block is in the evictable set.
+  bool evictable(uint32_t block) const { return entries_[block].evictable; }
+
+ private:
+  struct Entry {
+    double last = 0, uses = 0, frequency = 0, since = 0, weight = 0, score = 0, hinted = 0;
+    bool evictable = false;
+    std::vector<int64_t> future;  // ticks, ascending
+    size_t next = 0;              // first of `future` after the current tick
+  };
+  using Key = std::tuple<double, double, uint32_t>;
+
+  Key key(uint32_t block) const;
+  double next_use(uint32_t block) const;
+  /// Changes the block's entry and keeps the ordered set right.
+  template <typename Change>
+  void update(uint32_t block, Change change);
+
+  PolicyKind kind_;
+  double half_life_;
+  const std::vector<uint32_t>& block_class_;
+  std::vector<Entry> entries_;
+  std::vector<std::set<Key>> evictable_;  // per class
+  std::vector<std::vector<uint32_t>> events_;
+  int64_t tick_ = 0;
+};
+
+}  // namespace specgate

@@ -1,0 +1,140 @@
+// The expert store: the Ledger's decisions carried out by a file reader and a copy engine.
+//
+// Any thread may call it. Nothing here waits but wait(), warm() and close().
+#pragma once
+
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "codec.h"
+#include "device.h"
+#include "file_reader.h"
+#include "ledger.h"
+#include "task_pool.h"
+#include "timeline.h"
+
+namespace specgate {
+
+/// Where one expert's encoded bytes lie in the files.
+struct StoredBlock {
+  uint32_t shape_class = 0;
+  std::vector<Segment> segments;
+  std::optional<uint32_t> crc;  ///< of the bytes in the file
+  uint64_t compressed = 0;      ///< their number if they are zstd-compressed, else 0
+};
+
+struct StoreConfig {
+  std::vector<std::string> paths;
+  std::vector<StoredBlock> blocks;
+  std::vector<BlockFormat> formats;  ///< per shape class
+  std::vector<int64_t> device_slots, host_slots;
+  std::string eviction = "lru", host_eviction = "lru";
+  LedgerOptions ledger;
+  FileReader::Options reader;
+  int device = -1;  ///< CUDA ordinal; -1: the CPU
+  bool poison = false;
+  size_t timeline = 0;
+  int workers = 2;  ///< threads that decompress
+};
+
+/// Time and threads, beside the Ledger's counters.
+struct StoreCounters {
+  int64_t stall_ns = 0, stalls = 0, acquires = 0, failures = 0;
+};
+
+class Store {
+ public:
+  explicit Store(StoreConfig config);
+  ~Store();
+  Store(const Store&) = delete;
+  Store& operator=(const Store&) = delete;
+
+  /// Asks for the blocks of one event and pins them. True if they may be used at once; else call wait().
+  bool demand(const std::vector<uint32_t>& blocks);
+  /// Waits at most `milliseconds`; true once the blocks may be used. Throws what went wrong, and then they are
+  /// released.
+  bool wait(const std::vector<uint32_t>& blocks, int milliseconds);
+  /// Slots of blocks that may be used; kernels on `stream` from now on see their content.
+  std::vector<int64_t> slots(const std::vector<uint32_t>& blocks, uintptr_t stream);
+  /// Unpins. Kernels on `stream` until now are the last that use them.
+  void release(const std::vector<uint32_t>& blocks, uintptr_t stream);
+  Asked prefetch(uint32_t block, double p, int64_t deadline, Target target);
+  void advance(int64_t now);
+  /// Waits until nothing is wanted or moves; false after `milliseconds`.
+  bool drain(int milliseconds);
+  /// Cancels reads, waits for copies, frees everything. Callers that wait get a StoreFailure(Closed).
+  void close();
+
+  std::byte* arena(uint32_t shape_class) const { return arenas_.at(shape_class); }
+  int64_t device_slots(uint32_t shape_class) const { return config_.device_slots.at(shape_class); }
+  const BlockFormat& format(uint32_t shape_class) const { return config_.formats.at(shape_class); }
+  const Device& device() const { return *device_; }
+  std::string reader_backend() const;
+  size_t size() const { return config_.blocks.size(); }
+  bool closed() const { return closed_; }
+
+  Counters counters() const;
+  StoreCounters store_counters() const;
+  Block block(uint32_t b) const;
+  std::vector<Span> timeline() const;
+  void set_weights(const std::vector<double>& weights);
+  void set_future(const std::vector<std::vector<uint32_t>>& events);
+  void check() const;
+  int64_t host_bytes() const { return host_bytes_; }
+  int64_t device_bytes() const { return device_bytes_; }
+
+ private:
+  struct Flight {
+    Job job;
+    int64_t begin_ns = 0;
+    std::byte* scratch = nullptr;  ///< compressed bytes
+    std::byte* staging = nullptr;  ///< encoded bytes of a DIRECT job
+  };
+
+  void require_open() const;
+  void pump();                                  // mutex_ is held, as for all below
+  void start(const Job& job);
+  void start_read(const Job& job);
+  void start_copy(const Job& job, const std::byte* from);
+  void finish(int64_t id, JobStatus status, const std::string& error);  // takes mutex_
+  void read_done(ReadResult&& result);          // takes mutex_
+  void read_landed(int64_t id);
+  void decompress(int64_t id);                  // takes mutex_
+  void land(int64_t id, JobStatus status, const std::string& error);
+  std::string failure_of(const std::vector<uint32_t>& blocks);
+  void give_up(const std::vector<uint32_t>& blocks);
+  std::byte* slab_of(const Job& job) const;
+  std::byte* slot_of(const Job& job) const;
+  std::byte* take(std::vector<std::byte*>& pool, size_t bytes);
+  void allocate();
+  void free_all();
+
+  StoreConfig config_;
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::unique_ptr<Device> device_;
+  std::vector<std::byte*> arenas_;
+  std::vector<std::pair<std::byte*, size_t>> host_allocations_;
+  std::vector<std::byte*> scratch_, staging_;   // free ones
+  size_t scratch_bytes_ = 0, staging_bytes_ = 0;
+  std::vector<int64_t> first_slot_;             // of each class, in the numbering of all slots
+  std::vector<std::vector<std::byte*>> slab_at_;
+  int64_t host_bytes_ = 0, device_bytes_ = 0;
+  std::unique_ptr<Ledger> ledger_;
+  std::unordered_map<int64_t, Flight> flights_;
+  std::unordered_map<uint32_t, std::string> errors_;
+  std::string broken_;                          // a failure after which values may be wrong
+  Timeline timeline_;
+  StoreCounters counters_;
+  bool closed_ = false, closing_ = false;
+  std::unique_ptr<TaskPool> workers_;
+  std::unique_ptr<FileReader> reader_;  // last: its threads call into the store
+};
+
+}  // namespace specgate
