@@ -60,9 +60,12 @@ Ledger::Ledger(std::vector<uint32_t> block_class, std::vector<int64_t> block_byt
   if (options_.max_reads < 1) refuse("max_reads=" + std::to_string(options_.max_reads) + " must be 1 or more");
   if (options_.max_pending < 0) refuse("max_pending=" + std::to_string(options_.max_pending) + " must not be negative");
   blocks_.resize(block_class_.size());
+  std::vector<int64_t> peers(block_bytes_.size(), 0);
   for (size_t b = 0; b < blocks_.size(); ++b) {
     blocks_[b].shape_class = block_class_[b];
-    if (options_.resident_host) blocks_[b].host = Place::Present;
+    if (!options_.resident_host) continue;
+    blocks_[b].host = Place::Present;
+    blocks_[b].slab = peers[block_class_[b]]++;
   }
   for (size_t c = 0; c < block_bytes_.size(); ++c) {
     free_slots_.push_back(numbers(device_slots_[c]));
@@ -204,7 +207,7 @@ Asked Ledger::prefetch(uint32_t b, double p, int64_t deadline, Target target) {
   policy_.hint(b, p);
   host_policy_.hint(b, p);
   Block& block = blocks_[b];
-  if (block.device == Place::Present || (target == Target::Host && block.host == Place::Present && !block.want)) {
+  if (block.device == Place::Present || (target == Target::Host && block.host == Place::Present)) {
     return Asked::Resident;
   }
   if (block.want) {

@@ -169,7 +169,9 @@ void Ledger::land(const Job& job, JobStatus status) {
     policy_.insert(job.block, tick_);
     return;
   }
-  if (block.origin == Level::Prefetch && !block.used) counters_.wasted_bytes += bytes(job.block);
+  if (status == JobStatus::Failed && block.origin == Level::Prefetch && !block.used) {
+    counters_.wasted_bytes += bytes(job.block);
+  }
   free_slots_[block.shape_class].insert(block.slot);
   block.device = Place::Absent;
   block.slot = -1;

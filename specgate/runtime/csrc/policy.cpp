@@ -54,7 +54,7 @@ Policy::Key Policy::key(uint32_t block) const {
     case PolicyKind::Forecast:
       return {entry.score, entry.last, block};
     case PolicyKind::Belady:
-      return {-next_use(block), entry.last, block};
+      return {-next_use(block), 0, block};
   }
   return {0, 0, block};
 }
