@@ -11,6 +11,8 @@ namespace specgate {
 
 namespace {
 
+constexpr size_t kFew = 16;
+
 [[noreturn]] void refuse(const std::string& what) { throw StoreFailure(StoreFailure::Kind::Config, what); }
 
 std::vector<uint32_t> checked_classes(std::vector<uint32_t> block_class, const std::vector<int64_t>& block_bytes,
@@ -74,13 +76,26 @@ Ledger::Ledger(std::vector<uint32_t> block_class, std::vector<int64_t> block_byt
 }
 
 void Ledger::check_ids(const std::vector<uint32_t>& blocks) const {
-  std::set<uint32_t> seen;
+  const auto twice = [](uint32_t b) {
+    refuse("expert block " + std::to_string(b) + " is named twice: name each once");
+  };
   for (const uint32_t b : blocks) {
     if (b >= blocks_.size()) {
       refuse("expert block " + std::to_string(b) + " does not exist: there are " + std::to_string(blocks_.size()));
     }
-    if (!seen.insert(b).second) refuse("expert block " + std::to_string(b) + " is named twice: name each once");
   }
+  if (blocks.size() <= kFew) {  // no allocation on the way of a decoded token
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      for (size_t j = 0; j < i; ++j) {
+        if (blocks[i] == blocks[j]) twice(blocks[i]);
+      }
+    }
+    return;
+  }
+  std::vector<uint32_t> sorted(blocks);
+  std::sort(sorted.begin(), sorted.end());
+  const auto same = std::adjacent_find(sorted.begin(), sorted.end());
+  if (same != sorted.end()) twice(*same);
 }
 
 void Ledger::queue(uint32_t b) {

@@ -67,9 +67,10 @@ void Policy::update(uint32_t block, Change change) {
     return;
   }
   std::set<Key>& order = evictable_[block_class_[block]];
-  order.erase(key(block));
+  auto node = order.extract(key(block));  // no allocation
   change(entry);
-  order.insert(key(block));
+  node.value() = key(block);
+  order.insert(std::move(node));
 }
 
 void Policy::advance(int64_t tick) {
@@ -106,13 +107,19 @@ void Policy::join(uint32_t block) {
   Entry& entry = entries_[block];
   if (entry.evictable) return;
   entry.evictable = true;
-  evictable_[block_class_[block]].insert(key(block));
+  std::set<Key>& order = evictable_[block_class_[block]];
+  if (spare_.empty()) {
+    order.insert(key(block));
+  } else {
+    spare_.value() = key(block);
+    order.insert(std::move(spare_));
+  }
 }
 
 void Policy::leave(uint32_t block) {
   Entry& entry = entries_[block];
   if (!entry.evictable) return;
-  evictable_[block_class_[block]].erase(key(block));
+  spare_ = evictable_[block_class_[block]].extract(key(block));
   entry.evictable = false;
 }
 

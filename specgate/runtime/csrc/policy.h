@@ -67,6 +67,7 @@ class Policy {
   const std::vector<uint32_t>& block_class_;
   std::vector<Entry> entries_;
   std::vector<std::set<Key>> evictable_;  // per class
+  std::set<Key>::node_type spare_;        // of the last that left: spares an allocation
   std::vector<std::vector<uint32_t>> events_;
   int64_t tick_ = 0;
 };
