@@ -12,7 +12,6 @@ asks ``next_job`` what to move, moves it, and reports with ``complete``.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 
 from specgate.errors import BudgetError, ConfigError
@@ -38,9 +37,7 @@ class Ledger(State):
         """Pins ``blocks`` and wants the absent ones before all else. Changes nothing and raises
         ``BudgetError`` if a class has fewer slots than pinned blocks, ``ConfigError`` for an unknown or
         repeated id."""
-        self._check(blocks)
-        if len(set(blocks)) < len(blocks):
-            raise ConfigError(f"demand of {list(blocks)} repeats a block: name each once")
+        self._check_distinct(blocks)
         pinned = {b for b, block in enumerate(self.blocks) if block.pins > 0} | set(blocks)
         for cls, slots in enumerate(self.device_slots):
             need = sum(self.block_class[b] == cls for b in pinned)
@@ -80,22 +77,23 @@ class Ledger(State):
             self.jobs[job.id] = job._replace(level="DEMAND")
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Takes one pin of each block. Raises ``ConfigError``, and changes nothing, if one has none left."""
-        self._check(blocks)
-        for b, count in Counter(blocks).items():
-            if self.blocks[b].pins < count:
-                raise ConfigError(f"block {b} has {self.blocks[b].pins} pins: release only what was demanded")
+        """Takes one pin of each block. Changes nothing and raises ``ConfigError`` if one has none left, or
+        for an unknown or repeated id."""
+        self._check_distinct(blocks)
+        for b in blocks:
+            if self.blocks[b].pins == 0:
+                raise ConfigError(f"block {b} is not pinned: release only what was demanded")
         for b in blocks:
             self.blocks[b].pins -= 1
 
-    def prefetch(self, block: int, p: float, deadline: float, target: str = "device") -> str:
+    def prefetch(self, block: int, p: float, deadline: int, target: str = "device") -> str:
         """Wants ``block`` on ``target`` ("device" or "host") by ``deadline``, with probability ``p`` of use.
         Says what became of it: "resident", "demanded", "merged", "stale", "refused" or "queued"."""
         self._check([block])
         if target not in ("device", "host"):
             raise ConfigError(f"target is {target!r}: it must be device or host")
-        if math.isnan(p) or math.isnan(deadline):
-            raise ConfigError(f"p is {p}, deadline is {deadline}: neither may be NaN")
+        if not 0 <= p <= 1:
+            raise ConfigError(f"p is {p}: a probability lies between 0 and 1")
         self.device_policy.hint(block, p)
         self.host_policy.hint(block, p)
         it = self.blocks[block]
@@ -124,11 +122,11 @@ class Ledger(State):
         it.want = Want("PREFETCH", target.upper(), p, deadline, self._seq())
         return "queued"
 
-    def advance(self, now: float) -> list[int]:
+    def advance(self, now: int) -> list[int]:
         """Moves the clock on to ``now`` and drops prefetches whose deadline is past, but not one on its way
         to the device. Returns the READs in flight that nobody wants any more. Raises ``ConfigError`` if time
         would run backwards."""
-        if not now >= self.now:
+        if now < self.now:
             raise ConfigError(f"the clock stands at {self.now} and cannot go to {now}: advance it only")
         self.now = now
         for b, want in self._wants("PREFETCH"):

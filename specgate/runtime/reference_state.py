@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from specgate.errors import ConfigError
+from specgate.errors import BudgetError, ConfigError
 from specgate.runtime.reference_policies import POLICIES, Policy
 
 DEMANDS = ("hit", "late", "host_hit", "miss")
@@ -43,7 +43,7 @@ class Want:
     level: str
     target: str
     p: float
-    deadline: float
+    deadline: int
     seq: int
 
 
@@ -88,12 +88,14 @@ class State:
         if not len(block_bytes) == len(device_slots) == len(host_slots):
             sizes = (len(block_bytes), len(device_slots), len(host_slots))
             raise ConfigError(f"block_bytes, device_slots, host_slots of {sizes} classes: give all for each")
-        if not all(0 <= cls < len(block_bytes) for cls in block_class):
-            raise ConfigError(f"block_class must name classes 0 to {len(block_bytes) - 1}")
-        if min((*block_bytes, max_reads), default=1) < 1:
+        if not block_class or not all(0 <= cls < len(block_bytes) for cls in block_class):
+            raise ConfigError(f"block_class must name, for each block, one of {len(block_bytes)} classes")
+        if min(*block_bytes, max_reads) < 1:
             raise ConfigError("block_bytes and max_reads must be at least 1")
-        if min(*device_slots, *host_slots, max_pending, prefetch_copy_bytes, prefetch_read_bytes, 0) < 0:
-            raise ConfigError("slots, max_pending and bytes in flight cannot be negative")
+        if min(device_slots) < 1:
+            raise BudgetError(f"{min(device_slots)} slots for a class: raise the budget to 1 block at least")
+        if min(*host_slots, max_pending, prefetch_copy_bytes, prefetch_read_bytes) < 0:
+            raise ConfigError("host_slots, max_pending and bytes in flight cannot be negative")
         if not 0 < half_life < math.inf:
             raise ConfigError(f"half_life is {half_life}: it must be a positive number of demands")
         for name in (policy, host_policy):
@@ -113,7 +115,7 @@ class State:
         self.blocks = [Block() for _ in block_class]
         self.jobs: dict[int, Job] = {}
         self.counters = Counter(dict.fromkeys(COUNTERS, 0))
-        self.tick, self.now = 0, 0.0
+        self.tick, self.now = 0, 0
         self.next_id, self.next_seq = 0, 0
         if resident_host:
             for b, block in enumerate(self.blocks):
@@ -123,7 +125,7 @@ class State:
         """Every counter by its name."""
         return dict(self.counters)
 
-    def state(self, b: int) -> tuple[str, int, int, str, int, int, tuple[str, str, float, float, int] | None]:
+    def state(self, b: int) -> tuple[str, int, int, str, int, int, tuple[str, str, float, int, int] | None]:
         """Device state, slot, pins, host state, slab, host pins, want as (level, target, p, deadline,
         seq)."""
         self._check([b])
@@ -208,6 +210,11 @@ class State:
         for b in blocks:
             if not 0 <= b < len(self.blocks):
                 raise ConfigError(f"there is no block {b}: ids go from 0 to {len(self.blocks) - 1}")
+
+    def _check_distinct(self, blocks: Sequence[int]) -> None:
+        self._check(blocks)
+        if len(set(blocks)) < len(blocks):
+            raise ConfigError(f"blocks {list(blocks)} repeat one: name each once")
 
     def _wants(self, level: str) -> list[tuple[int, Want]]:
         return [
