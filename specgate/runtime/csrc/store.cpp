@@ -48,8 +48,10 @@ Store::Store(StoreConfig config) : config_(std::move(config)), timeline_(config_
   try {
     allocate();
     workers_ = std::make_unique<TaskPool>(config_.workers);
-    reader_ = std::make_unique<FileReader>(config_.paths, config_.reader,
-                                           [this](ReadResult&& result) { read_done(std::move(result)); });
+    if (!config_.ledger.resident_host) {
+      reader_ = std::make_unique<FileReader>(config_.paths, config_.reader,
+                                             [this](ReadResult&& result) { read_done(std::move(result)); });
+    }
   } catch (...) {
     workers_.reset();
     device_->stop();
@@ -201,7 +203,7 @@ void Store::close() {
 
 std::string Store::reader_backend() const {
   const std::lock_guard lock(mutex_);
-  return reader_ ? reader_->backend() : "closed";
+  return reader_ ? reader_->backend() : config_.ledger.resident_host ? "memory" : "closed";
 }
 
 Counters Store::counters() const {

@@ -30,7 +30,7 @@ struct StoredBlock {
 };
 
 struct StoreConfig {
-  std::vector<std::string> paths;
+  std::vector<std::string> paths;  ///< none: the blocks live in memory (resident_host), filled through slab()
   std::vector<StoredBlock> blocks;
   std::vector<BlockFormat> formats;  ///< per shape class
   std::vector<int64_t> device_slots, host_slots;
@@ -71,6 +71,8 @@ class Store {
   /// Cancels reads, waits for copies, frees everything. Callers that wait get a StoreFailure(Closed).
   void close();
 
+  /// Where an encoded block lies for ever, to be filled by the caller (LedgerOptions::resident_host).
+  std::byte* slab(uint32_t block) const;
   std::byte* arena(uint32_t shape_class) const { return arenas_.at(shape_class); }
   int64_t device_slots(uint32_t shape_class) const { return config_.device_slots.at(shape_class); }
   const BlockFormat& format(uint32_t shape_class) const { return config_.formats.at(shape_class); }

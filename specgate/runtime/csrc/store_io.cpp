@@ -27,7 +27,11 @@ void Store::allocate() {
   slab_at_.resize(config_.formats.size());
   for (size_t c = 0; c < config_.formats.size(); ++c) {
     const size_t slab = pages(config_.formats[c].block_bytes);
-    const auto count = static_cast<size_t>(config_.host_slots[c]);
+    auto count = static_cast<size_t>(config_.host_slots[c]);
+    if (config_.ledger.resident_host) {
+      count = static_cast<size_t>(std::count_if(config_.blocks.begin(), config_.blocks.end(),
+                                                [c](const StoredBlock& block) { return block.shape_class == c; }));
+    }
     const size_t per_chunk = std::max<size_t>(1, kChunk / slab);
     for (size_t done = 0; done < count; done += per_chunk) {
       const size_t slabs = std::min(per_chunk, count - done);
@@ -62,6 +66,15 @@ std::byte* Store::take(std::vector<std::byte*>& pool, size_t bytes) {
   std::byte* memory = pool.back();
   pool.pop_back();
   return memory;
+}
+
+std::byte* Store::slab(uint32_t b) const {
+  if (!config_.ledger.resident_host || closing_ || b >= ledger_->size()) {
+    throw StoreFailure(StoreFailure::Kind::Config,
+                       "slab " + std::to_string(b) + " has no address: only an open store of blocks in memory has some");
+  }
+  const Block& block = ledger_->block(b);
+  return slab_at_[block.shape_class][static_cast<size_t>(block.slab)];
 }
 
 std::byte* Store::slab_of(const Job& job) const { return slab_at_[ledger_->block(job.block).shape_class][job.slab]; }
