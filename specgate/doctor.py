@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from specgate.probe import direct_io_error, io_uring_error
+
 OK, NOTE, WARN, BROKEN = "ok", "note", "warn", "BROKEN"
 PYTHON_TESTED = ((3, 11), (3, 12))
 #: Releases that must never run, whatever range they fall into.
@@ -168,7 +170,7 @@ def check_gpu(tool: Callable[[list[str]], str | None] = run_tool) -> list[Check]
 
 
 def check_compilers(tool: Callable[[list[str]], str | None] = run_tool) -> list[Check]:
-    """A C++ compiler and nvcc: neither is needed until the native store is built."""
+    """A C++ compiler and nvcc: needed to compile the native core, not to run it."""
     checks = []
     for name, commands, remedy in (
         ("c++ compiler", ("c++", "g++", "clang++"), "install one (Debian: apt-get install g++)"),
@@ -184,6 +186,63 @@ def check_compilers(tool: Callable[[list[str]], str | None] = run_tool) -> list[
         )
         checks.append(Check(name, OK, found) if found else Check(name, NOTE, "none", remedy))
     return checks
+
+
+#: Asks the native core about itself, in a process of its own: a broken one must not end the doctor.
+NATIVE_PROGRAM = """
+import json
+from specgate.errors import StoreError
+from specgate.runtime import native
+try:
+    print(json.dumps(native.require().build_info()))
+except StoreError as error:
+    print(json.dumps({"missing": str(error)}))
+"""
+
+
+def check_native(tool: Callable[[list[str]], str | None] = run_tool) -> Check:
+    """The compiled core of the expert store: whether it loads, was compiled with CUDA, and sees devices."""
+    line = (tool([sys.executable, "-c", NATIVE_PROGRAM]) or "").strip().split("\n")[-1]
+    try:
+        info = json.loads(line)
+    except ValueError:
+        return Check(
+            "native core", WARN, "crashes or hangs when it is loaded", "make native compiles it anew"
+        )
+    if "missing" in info:
+        found, _, remedy = info["missing"].partition(": ")
+        return Check("native core", NOTE, found, remedy)
+    cuda = (
+        f"CUDA {info['cuda_version']}, {info['cuda_devices']} device(s)" if info["cuda"] else "without CUDA"
+    )
+    found = f"{info['version']}, {info['compiler']}, {cuda}"
+    if not info["cuda"] and tool(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]):
+        return Check(
+            "native core", WARN, found, "install the CUDA toolkit, then make native SPECGATE_CUDA=ON"
+        )
+    return Check("native core", OK, found)
+
+
+def check_file_reading(
+    folder: Path,
+    uring: Callable[[], int] = io_uring_error,
+    direct: Callable[[Path], int] = direct_io_error,
+) -> list[Check]:
+    """What the expert store reads files with: both only make it faster, and it does without."""
+    error = uring()
+    checks = [Check("io_uring", OK, "yes")]
+    if error:
+        found = f"no ({os.strerror(error)})"
+        remedy = "not needed: threads read instead; sysctl kernel.io_uring_disabled or a container forbids it"
+        checks = [Check("io_uring", NOTE, found, remedy)]
+    try:
+        error = direct(folder)
+    except OSError:
+        return checks  # the folder cannot be written: check_disk says so
+    if error:
+        remedy = "not needed: reads go through the page cache; a local disk (ext4, xfs) can do it"
+        return [*checks, Check("O_DIRECT", NOTE, f"no, in {folder} ({os.strerror(error)})", remedy)]
+    return [*checks, Check("O_DIRECT", OK, f"yes, in {folder}")]
 
 
 def disk_speed(folder: Path, size: int = SPEED_BYTES) -> tuple[float, float]:
@@ -279,6 +338,8 @@ def examine(folder: Path) -> list[Check]:
         *check_packages(),
         *check_gpu(),
         *check_compilers(),
+        check_native(),
+        *check_file_reading(folder),
         check_disk(folder),
         check_memory(),
         *check_bundled(),

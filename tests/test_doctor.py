@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -11,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from specgate import doctor
+import specgate
+from specgate import doctor, probe
+from specgate.runtime import native
 
 
 def version_of(version: str | None):
@@ -93,6 +97,56 @@ def test_no_gpu_and_no_compilers_are_notes_not_failures() -> None:
     assert {check.name for check in checks} == {"gpu", "c++ compiler", "nvcc"}
     assert {check.status for check in checks} == {doctor.NOTE}
     assert all(check.remedy for check in checks)
+
+
+INFO = {"version": "0.1.0", "compiler": "GCC 12.2.0", "cuda": True, "cuda_version": "13.0", "cuda_devices": 2}
+
+
+@pytest.mark.parametrize(
+    ("answer", "gpu", "status", "words"),
+    [
+        (json.dumps(INFO), None, doctor.OK, "0.1.0, GCC 12.2.0, CUDA 13.0, 2 device(s)"),
+        ("a warning\n" + json.dumps({**INFO, "cuda": False}), None, doctor.OK, "without CUDA"),
+        (json.dumps({**INFO, "cuda": False}), "NVIDIA H100", doctor.WARN, "SPECGATE_CUDA=ON"),
+        (json.dumps({"missing": "it is not there: compile it"}), None, doctor.NOTE, "-> compile it"),
+        (None, None, doctor.WARN, "crashes or hangs"),
+        ("Illegal instruction", None, doctor.WARN, "make native"),
+    ],
+)
+def test_native_core(answer: str | None, gpu: str | None, status: str, words: str) -> None:
+    check = doctor.check_native(lambda command: answer if command[0] == sys.executable else gpu)
+    assert check.status == status
+    assert words in f"{check.found} -> {check.remedy}"
+    assert bool(check.remedy) == (status != doctor.OK)
+
+
+def test_native_core_of_this_machine_is_what_is_imported_here() -> None:
+    check = doctor.check_native()
+    assert check.status == (doctor.OK if native.available() else doctor.NOTE), check
+    if native.available():
+        assert check.found.startswith(specgate.__version__)
+
+
+def test_ways_to_read_files(tmp_path: Path) -> None:
+    ring, direct = doctor.check_file_reading(tmp_path, lambda: 0, lambda folder: 0)
+    assert (ring.status, direct.status) == (doctor.OK, doctor.OK)
+    ring, direct = doctor.check_file_reading(tmp_path, lambda: errno.EPERM, lambda folder: errno.EINVAL)
+    assert (ring.status, direct.status) == (doctor.NOTE, doctor.NOTE)
+    assert "Operation not permitted" in ring.found
+    assert str(tmp_path) in direct.found
+    assert ring.remedy
+    assert direct.remedy
+
+
+def test_probes_leave_nothing_behind(tmp_path: Path) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    assert probe.io_uring_error() in {0, errno.EPERM, errno.ENOSYS}
+    assert probe.direct_io_error(tmp_path) in {0, errno.EINVAL}
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError):
+        probe.direct_io_error(tmp_path / "absent")
+    assert [check.name for check in doctor.check_file_reading(tmp_path / "absent")] == ["io_uring"]
 
 
 def test_disk_is_measured_and_little_of_it_is_a_warning(

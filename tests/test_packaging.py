@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -13,8 +15,11 @@ from pathlib import Path
 import pytest
 
 import specgate
+from specgate.runtime import native
 
 ROOT = Path(__file__).parent.parent
+#: The first test that wants the wheel waits for a compiler.
+pytestmark = pytest.mark.timeout(1200)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ENTRY_POINTS = ("collect.py", "train.py", "benchmark.py")
 #: Import name -> package name, where they differ.
@@ -35,11 +40,15 @@ def tracked(*patterns: str) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel of a machine without CUDA; with what this one has, the core is compiled by make setup."""
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run(
-        [*command, "--no-index", "--wheel-dir", str(folder), str(ROOT)], check=True, capture_output=True
+    command += ["--config-settings=cmake.define.SPECGATE_CUDA=OFF", "--no-index"]
+    environment = {**os.environ, "SPECGATE_NATIVE": "1" if native.available() else "0"}
+    done = subprocess.run(
+        [*command, "--wheel-dir", str(folder), str(ROOT)], env=environment, capture_output=True, text=True
     )
+    assert done.returncode == 0, done.stdout + done.stderr
     (file,) = folder.glob("*.whl")
     return zipfile.ZipFile(file)
 
@@ -63,6 +72,24 @@ def test_wheel_holds_code_models_and_text_and_nothing_else(wheel: zipfile.ZipFil
     assert [n for n in names if "csrc" in n or "__pycache__" in n or n.endswith((".ckpt", ".pt"))] == []
     code = {str(p.relative_to(ROOT)) for p in tracked("specgate/**.py", "specgate/*.py")}
     assert code <= names
+
+
+@pytest.mark.skipif(not native.available(), reason="specgate was installed with SPECGATE_NATIVE=0")
+def test_wheel_holds_the_native_core_and_it_works_without_cuda(
+    wheel: zipfile.ZipFile, tmp_path: Path
+) -> None:
+    shared = [name for name in wheel.namelist() if name.endswith((".so", ".a", ".pyd"))]
+    assert shared == [f"specgate/runtime/_native{sysconfig.get_config_var('EXT_SUFFIX')}"]
+    wheel.extract(shared[0], tmp_path)
+    program = "import _native; info = _native.build_info(); print(info['cuda'], info['cuda_devices'])"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=(tmp_path / shared[0]).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["False", "0"]
 
 
 def test_bundled_models_and_text_stay_small(wheel: zipfile.ZipFile) -> None:

@@ -77,6 +77,10 @@ COMMANDS: dict[str, Make | Run] = {
     "make setup": Make(
         ("-m venv .venv", "--constraint constraints.txt", "--editable"), "tests/test_packaging.py"
     ),
+    "make native": Make(("--no-deps", "SPECGATE_CUDA=AUTO"), "tests/runtime/test_native.py"),
+    "make native SPECGATE_CUDA=OFF": Make(("SPECGATE_CUDA=OFF",), "tests/runtime/test_native.py"),
+    "make test-native": Make(("--target native_tests", "ctest"), "tests/native/check.h"),
+    "make sanitize": Make(("address thread", "-DSPECGATE_SANITIZE=", "ctest"), "tests/native/check.h"),
     "make lint types": Make(("ruff check", "ruff format --check", "mypy"), "tests/test_house_rules.py"),
     "make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu": Make(
         ("--index-url https://download.pytorch.org/whl/cpu 'torch==",), "tests/test_packaging.py"

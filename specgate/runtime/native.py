@@ -1,6 +1,7 @@
 """The native core, ``specgate.runtime._native``: compiled from csrc/, loaded on first use, missed politely.
 
-Every other module asks here, so that specgate imports and its Python reference runs where nothing was compiled.
+Every other module asks here, so that specgate imports, and its Python reference runs, where nothing was
+compiled.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def require() -> ModuleType:
 
 
 def backend() -> str:
-    """``native+cuda`` (compiled with device code, whether or not a device is here), ``native``, or ``python``."""
+    """``native+cuda`` (compiled with CUDA, whether or not a device is here), ``native`` or ``python``."""
     module = _load()
     if isinstance(module, str):
         return "python"
