@@ -1,0 +1,281 @@
+"""Transfers: their order and limits, whom they evict, how they end, on small scenes worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from specgate.errors import ConfigError
+from tests.runtime.ledgers import Make, counted, for_each, load, on_device, one_class, run, start
+
+pytestmark = for_each
+
+# ---- Order and limits ----------------------------------------------------------------
+
+
+def test_demands_go_first_come_first_served_and_prefetches_by_deadline(make: Make) -> None:
+    ledger = one_class(make, blocks=8, slots=8, resident_host=True)
+    for b, p, deadline in ((0, 0.9, 5), (1, 0.2, 3), (2, 0.4, 3), (3, 0.2, 3)):
+        ledger.prefetch(b, p, deadline)
+    ledger.demand([7, 4])
+    assert [job.block for job in start(ledger)] == [7, 4], "no prefetch beside a demand's copy"
+    ledger.complete(0, "OK")
+    assert ledger.next_job() is None
+    ledger.complete(1, "OK")
+    assert [job.block for job in start(ledger)] == [2, 1, 3, 0]
+
+
+def test_reads_in_flight_are_limited_for_all(make: Make) -> None:
+    ledger = make([0, 0, 0, 1, 1], [10, 10], [3, 2], [3, 0], max_reads=2)
+    ledger.prefetch(0, 0.5, 9)
+    ledger.prefetch(3, 0.5, 9)
+    assert [(job.kind, job.block) for job in start(ledger)] == [("READ", 0), ("DIRECT", 3)]
+    ledger.demand([1, 4])
+    assert ledger.next_job() is None
+    ledger.complete(1, "OK")
+    assert [(job.kind, job.block) for job in start(ledger)] == [("READ", 1)]
+    ledger.complete(0, "OK")
+    assert [(job.kind, job.block) for job in start(ledger)] == [("DIRECT", 4), ("COPY", 0)]
+
+
+def test_no_prefetch_read_beside_or_before_a_demand_read(make: Make) -> None:
+    ledger = make([0, 0, 0, 1, 1], [10, 10], [3, 2], [3, 0], max_reads=2)
+    ledger.prefetch(0, 0.5, 9)
+    ledger.prefetch(3, 0.5, 9)
+    ledger.demand([1])
+    assert [(job.kind, job.block) for job in start(ledger)] == [("READ", 1)], "in flight"
+    ledger.complete(0, "CANCELLED")
+    ledger.demand([4])
+    assert [(job.kind, job.block) for job in start(ledger)] == [("READ", 1), ("DIRECT", 4)]
+    ledger.complete(1, "OK")
+    assert [(job.kind, job.block) for job in start(ledger)] == [("COPY", 1)]
+    ledger.complete(2, "OK")
+    assert [(job.kind, job.block) for job in start(ledger)] == [("READ", 0), ("DIRECT", 3)]
+
+
+def test_no_prefetch_read_while_a_demand_finds_no_slab(make: Make) -> None:
+    ledger = make([0, 0, 1, 1], [10, 10], [2, 2], [1, 2])
+    ledger.demand([0])
+    ledger.complete(ledger.next_job().id, "OK")  # its slab is kept for its copy
+    ledger.demand([1])
+    ledger.prefetch(2, 0.5, 9)
+    assert [(job.kind, job.block) for job in start(ledger)] == [("COPY", 0)]
+    ledger.complete(1, "OK")  # now its slab can go
+    assert [(job.kind, job.block) for job in start(ledger)] == [("READ", 1)]
+
+
+def test_a_demand_read_does_not_hold_up_prefetch_copies(make: Make) -> None:
+    ledger = one_class(make, slots=3)
+    ledger.prefetch(0, 0.5, 9, "host")
+    run(ledger)
+    ledger.demand([1])
+    ledger.prefetch(0, 0.5, 9)
+    assert [(job.kind, job.block) for job in start(ledger)] == [("READ", 1), ("COPY", 0)]
+
+
+def test_no_prefetch_copy_while_a_demand_finds_no_slot(make: Make) -> None:
+    ledger = make([0, 0, 1], [10, 10], [1, 1], [2, 1])
+    ledger.prefetch(2, 0.5, 9, "host")
+    run(ledger)
+    ledger.demand([0])
+    ledger.release([0])  # given up, but still to come
+    ledger.demand([1])
+    first, second = start(ledger)
+    ledger.complete(second.id, "OK")
+    assert [(job.kind, job.block) for job in run(ledger)] == [("COPY", 1)], (
+        "overtakes: its read was done first"
+    )
+    ledger.complete(first.id, "OK")
+    ledger.prefetch(2, 0.5, 9)
+    assert start(ledger) == [], "the only slot of 0 is in use"
+    ledger.release([1])
+    assert [(job.kind, job.block) for job in run(ledger)] == [("COPY", 0), ("COPY", 2)]
+
+
+def test_bytes_of_prefetches_in_flight_are_limited_but_one_may_always_go(make: Make) -> None:
+    classes = [0, 1, 2, 2]
+    ledger = make(classes, [40, 20, 9], [4, 4, 4], [4, 4, 4], prefetch_read_bytes=30, prefetch_copy_bytes=20)
+    for b in range(4):
+        ledger.prefetch(b, 0.5, b)
+    assert [job.block for job in start(ledger)] == [0], "40 bytes, alone"
+    ledger.complete(0, "OK")
+    jobs = start(ledger)
+    assert [(job.kind, job.block) for job in jobs] == [("COPY", 0), ("READ", 1), ("READ", 2)], "20 + 9 of 30"
+    ledger.complete(jobs[1].id, "OK")
+    assert [(job.kind, job.block) for job in start(ledger)] == [("READ", 3)], "20 more to copy: over 20"
+    ledger.complete(jobs[0].id, "OK")
+    ledger.complete(jobs[2].id, "OK")
+    assert [(job.kind, job.block) for job in start(ledger)] == [("COPY", 1)], "20 of 20; 9 more do not fit"
+
+
+def test_a_small_prefetch_passes_one_that_does_not_fit(make: Make) -> None:
+    ledger = make([0, 1, 0], [9, 20], [4, 4], [0, 0], prefetch_copy_bytes=20, resident_host=True)
+    for b in range(3):
+        ledger.prefetch(b, 0.5, b)
+    assert [job.block for job in start(ledger)] == [0, 2]
+
+
+def test_bytes_of_a_promoted_prefetch_count_as_demand(make: Make) -> None:
+    ledger = one_class(make, slots=4, prefetch_copy_bytes=20, resident_host=True)
+    for b in range(3):
+        ledger.prefetch(b, 0.5, b)
+    assert [job.block for job in start(ledger)] == [0, 1]
+    ledger.demand([0])
+    ledger.complete(1, "OK")
+    assert start(ledger) == [], "a demand's copy is in flight"
+    ledger.complete(0, "OK")
+    assert [job.block for job in start(ledger)] == [2]
+
+
+# ---- Room ----------------------------------------------------------------
+
+
+def test_only_blocks_out_of_use_are_evicted(make: Make) -> None:
+    ledger = one_class(make, slots=3)
+    load(ledger, 0, 1, 2)
+    ledger.demand([0])
+    ledger.release([0])  # used last
+    ledger.demand([1])
+    load(ledger, 3)
+    assert on_device(ledger, 6) == {0, 1, 3}
+    assert ledger.state(3)[1] == 2, "in the slot of the evicted"
+    load(ledger, 4)
+    assert on_device(ledger, 6) == {1, 3, 4}
+    ledger.release([1])
+    load(ledger, 5)
+    assert on_device(ledger, 6) == {3, 4, 5}
+    assert counted(ledger, "evictions") == (3,)
+
+
+def test_classes_do_not_share_room(make: Make) -> None:
+    ledger = make([0, 1, 1, 0], [10, 20], [1, 1], [1, 1])
+    load(ledger, 0, 1, 2)
+    assert on_device(ledger, 4) == {0, 2}
+    assert [ledger.state(b)[3] for b in range(4)] == ["PRESENT", "ABSENT", "PRESENT", "ABSENT"]
+    load(ledger, 3)
+    assert on_device(ledger, 4) == {2, 3}
+    assert counted(ledger, "evictions", "host_evictions") == (2, 2)
+
+
+def test_a_slab_is_not_evicted_under_a_copy(make: Make) -> None:
+    ledger = one_class(make, slabs=1)
+    ledger.demand([0])
+    ledger.complete(ledger.next_job().id, "OK")
+    ledger.prefetch(1, 0.5, 9)
+    (copy,) = start(ledger)
+    assert (copy.kind, copy.block) == ("COPY", 0)
+    ledger.complete(copy.id, "OK")
+    assert [(job.kind, job.block) for job in start(ledger)] == [("READ", 1)]
+    assert counted(ledger, "host_evictions") == (1,)
+
+
+def test_a_slab_is_kept_for_a_demand_but_not_for_a_prefetch(make: Make) -> None:
+    ledger = one_class(make, slots=1, slabs=2)
+    ledger.prefetch(3, 0.5, 9)
+    ledger.complete(ledger.next_job().id, "OK")
+    copy = ledger.next_job()  # in the only slot, from slab 0
+    ledger.demand([0])
+    ledger.complete(ledger.next_job().id, "OK")  # in slab 1, waits for the slot
+    ledger.prefetch(1, 0.9, 9, "host")
+    assert start(ledger) == []
+    ledger.complete(copy.id, "OK")
+    jobs = start(ledger)
+    assert [(job.kind, job.block, job.slab) for job in jobs] == [("COPY", 0, 1), ("READ", 1, 0)]
+    ledger.prefetch(1, 0.9, 9)
+    ledger.complete(jobs[1].id, "OK")  # waits for the slot with a prefetch
+    ledger.complete(jobs[0].id, "OK")
+    ledger.prefetch(2, 0.9, 1, "host")
+    assert [(job.kind, job.block, job.slab) for job in start(ledger)] == [("READ", 2, 1)]
+    ledger.prefetch(4, 0.9, 1, "host")
+    assert [(job.kind, job.block, job.slab) for job in start(ledger)] == [("READ", 4, 0)], "1 makes room"
+    assert counted(ledger, "host_evictions") == (3,)
+
+
+def test_a_prefetch_finds_no_room_where_all_is_in_use(make: Make) -> None:
+    ledger = one_class(make, slots=2)
+    ledger.demand([0, 1])
+    run(ledger)
+    ledger.prefetch(2, 0.9, 9)
+    assert [(job.kind, job.block) for job in run(ledger)] == [("READ", 2)]
+    assert ledger.state(2)[6] is not None
+    ledger.release([1])
+    assert [(job.kind, job.block, job.slot) for job in run(ledger)] == [("COPY", 2, 1)]
+
+
+# ---- Ends of jobs ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", ["FAILED", "CANCELLED"])
+def test_a_read_that_does_not_arrive(make: Make, status: str) -> None:
+    ledger = one_class(make)
+    ledger.demand([4])
+    ledger.prefetch(3, 0.5, 9)
+    ledger.complete(ledger.next_job().id, status)
+    assert ledger.state(4)[:6] == ("ABSENT", -1, 1, "ABSENT", -1, 0)
+    assert (ledger.state(4)[6] is None) == (status == "FAILED")
+    job = ledger.next_job()
+    assert job.block == (3 if status == "FAILED" else 4)
+    ledger.complete(job.id, status)
+    assert ledger.take_failed() == ([4] if status == "FAILED" else [])
+    assert ledger.take_failed() == []
+    assert counted(ledger, "wasted_bytes") == (0,)
+
+
+@pytest.mark.parametrize("status", ["FAILED", "CANCELLED"])
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_copy_that_does_not_arrive(make: Make, status: str, resident: bool) -> None:
+    ledger = one_class(make, resident_host=resident)
+    ledger.prefetch(0, 0.5, 9)
+    while (job := ledger.next_job()).kind != "COPY":
+        ledger.complete(job.id, "OK")
+    ledger.complete(job.id, status)
+    assert ledger.state(0)[:6] == ("ABSENT", -1, 0, "PRESENT", 0, 0)
+    assert (ledger.state(0)[6] is None) == (status == "FAILED")
+    assert ledger.take_failed() == [], "nobody waits for a prefetch"
+    assert counted(ledger, "wasted_bytes") == (10 if status == "FAILED" else 0,)
+    ledger.demand([0])
+    ledger.complete(ledger.next_job().id, status)
+    assert ledger.take_failed() == ([0] if status == "FAILED" else [])
+    assert counted(ledger, "wasted_bytes") == (10 if status == "FAILED" else 0,)
+    ledger.demand([0])
+    run(ledger)
+    assert ledger.state(0)[:3] == ("PRESENT", 0, 2)
+
+
+@pytest.mark.parametrize("status", ["FAILED", "CANCELLED"])
+def test_a_direct_read_that_does_not_arrive(make: Make, status: str) -> None:
+    ledger = one_class(make, slabs=0)
+    ledger.demand([0, 5])
+    first, second = start(ledger)
+    ledger.complete(second.id, status)
+    ledger.complete(first.id, status)
+    assert ledger.take_failed() == ([0, 5] if status == "FAILED" else [])
+    assert [job.slot for job in start(ledger)] == ([] if status == "FAILED" else [0, 1])
+
+
+def test_a_block_in_use_fails_for_its_prefetch_too(make: Make) -> None:
+    ledger = one_class(make, slabs=0)
+    ledger.demand([0])
+    ledger.complete(ledger.next_job().id, "FAILED")
+    assert ledger.take_failed() == [0]
+    assert ledger.prefetch(0, 0.5, 9) == "queued"
+    ledger.complete(ledger.next_job().id, "FAILED")
+    assert ledger.take_failed() == [0]
+
+
+def test_only_jobs_in_flight_can_end(make: Make) -> None:
+    ledger = one_class(make)
+    ledger.demand([0])
+    job = ledger.next_job()
+    for id, status in ((job.id + 1, "OK"), (-1, "OK"), (job.id, "DONE")):
+        with pytest.raises(ConfigError):
+            ledger.complete(id, status)
+    ledger.complete(job.id, "OK")
+    with pytest.raises(ConfigError):
+        ledger.complete(job.id, "OK")
+
+
+def test_unknown_blocks(make: Make) -> None:
+    ledger = one_class(make)
+    for call in (ledger.state, lambda b: ledger.ready([b]), lambda b: ledger.set_future([[0], [b]])):
+        with pytest.raises(ConfigError):
+            call(6)
