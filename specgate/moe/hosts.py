@@ -78,30 +78,18 @@ def load_host(
         CheckpointError: if it cannot be found, downloaded or read.
         ConfigError: for an unknown dtype or device.
     """
-    for chatty in (
-        "torchao",
-        "torch.utils._pytree",
-        "root",
-    ):  # what transformers imports along, where it is there
-        logging.getLogger(chatty).addFilter(_unasked)
+    quiet_imports()
     import transformers
 
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        target = torch.device(device)
-    except RuntimeError:
-        raise ConfigError(f"device={device!r} is not a device; write auto, cpu, cuda or cuda:1.") from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r} was asked for but torch sees no GPU; write device=cpu.")
+    target = resolve_device(device)
     if dtype == "auto" and target.type == "cpu" and device_map is None:
         dtype = "float32"
 
-    path = _resolve(name_or_path)
+    path = resolve_model(name_or_path)
     where: dict[str, Any] = {"revision": revision} if revision else {}
-    with _readable_errors(name_or_path):
+    with readable_errors(name_or_path):
         config = transformers.AutoConfig.from_pretrained(path, **where)
     family = find_family(config)
     kwargs: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **where}
@@ -110,7 +98,7 @@ def load_host(
     if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "mxfp4":
         kwargs["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     auto = transformers.AutoModelForSeq2SeqLM if len(family.stacks) > 1 else transformers.AutoModelForCausalLM
-    with _readable_errors(name_or_path):
+    with readable_errors(name_or_path):
         model, info = auto.from_pretrained(path, output_loading_info=True, **kwargs)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **where)
     if missing := sorted(info["missing_keys"]):
@@ -132,6 +120,33 @@ def load_host(
     )
 
 
+def quiet_imports() -> None:
+    """Drops what torchao says of itself when transformers imports it."""
+    for chatty in (
+        "torchao",
+        "torch.utils._pytree",
+        "root",
+    ):  # what transformers imports along, where it is there
+        logging.getLogger(chatty).addFilter(_unasked)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that a name means; ``auto`` is the GPU where there is one.
+
+    Raises:
+        ConfigError: for an unknown name, or a GPU where there is none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        target = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device={device!r} is not a device; write auto, cpu, cuda or cuda:1.") from None
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r} was asked for but torch sees no GPU; write device=cpu.")
+    return target
+
+
 def _unasked(record: logging.LogRecord) -> bool:
     """Drops what torchao says of itself when transformers imports it: nothing here depends on it."""
     said = record.getMessage()
@@ -140,7 +155,7 @@ def _unasked(record: logging.LogRecord) -> bool:
     )
 
 
-def _resolve(name_or_path: str) -> Path | str:
+def resolve_model(name_or_path: str) -> Path | str:
     """The directory of a bundled or local model, else the hub name as it is."""
     if not str(name_or_path).strip():
         raise CheckpointError("moe.path is empty; give a directory or a name on the hub.")
@@ -166,7 +181,7 @@ def _resolve(name_or_path: str) -> Path | str:
     return name_or_path
 
 
-class _readable_errors:
+class readable_errors:
     """Turns what transformers raises at a missing or unreadable model into one sentence."""
 
     def __init__(self, name: str) -> None:

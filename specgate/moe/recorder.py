@@ -246,7 +246,7 @@ class Recorder:
                 hidden, buffer.norm_input = buffer.norm_input, None
                 with torch.no_grad():
                     decision = decide(layer, router_input(layer, hidden))
-                    experts, dropped = _switch_outcome(one_hot, weights, logits)
+                    experts, dropped = switch_outcome(one_hot, weights, logits)
                     buffer.agrees.append(agrees(decision, experts, dropped))
 
         return hook
@@ -278,7 +278,7 @@ class Recorder:
         shapes = buffers[0].shapes
         if self.layers[stack][0].rule.score == "switch":
             outcome = [
-                [_switch_outcome(*call) for call in zip(b.experts, b.weights, b.logits, strict=True)]
+                [switch_outcome(*call) for call in zip(b.experts, b.weights, b.logits, strict=True)]
                 for b in buffers
             ]
             experts_LNK = _stack([[experts for experts, _ in layer] for layer in outcome], 1)
@@ -316,7 +316,7 @@ def _shape_hook(of: Callable[[], _Buffer]) -> Callable[..., None]:
     return hook
 
 
-def _switch_outcome(one_hot_BTE: Tensor, weights_BT1: Tensor, logits_BTE: Tensor) -> tuple[Tensor, Tensor]:
+def switch_outcome(one_hot_BTE: Tensor, weights_BT1: Tensor, logits_BTE: Tensor) -> tuple[Tensor, Tensor]:
     """The expert each token was meant for ``[B, T, 1]``, and whether capacity dropped it ``[B, T]``.
 
     A dropped token's dispatch row is all zero, so its expert is the best of the router's probabilities,
