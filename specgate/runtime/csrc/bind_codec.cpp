@@ -123,12 +123,13 @@ void bind_codec(nb::module_& m) {
       .def_ro("slot_bytes", &BlockFormat::slot_bytes)
       .def_ro("block_bytes", &BlockFormat::block_bytes)
       .def_prop_ro("is_plain", &is_plain, "Whether a block is a slot byte for byte.");
-  m.def("decode_block", &decode, "format"_a, "block"_a, "slot"_a,
+  m.def("decode_block", &decode, "format"_a, "block"_a.noconvert(), "slot"_a.noconvert(),
         "Decodes an encoded block into a slot, both uint8 arrays in host memory.");
   m.def("zstd_available", &zstd_available, "Whether libzstd.so.1 is there.");
   m.def("zstd_version", &zstd_version, "Version of libzstd.so.1.");
-  m.def("zstd_compress", &compress, "data"_a, "level"_a = 3, "One zstd frame of a uint8 array, as bytes.");
-  m.def("zstd_decompress", &decompress, "data"_a, "out"_a,
+  m.def("zstd_compress", &compress, "data"_a.noconvert(), "level"_a = 3,
+        "One zstd frame of a uint8 array, as bytes.");
+  m.def("zstd_decompress", &decompress, "data"_a.noconvert(), "out"_a.noconvert(),
         "Decompresses one frame into a uint8 array that it fills exactly.");
 #ifdef SPECGATE_CUDA
   m.def("decode_blocks_cuda", &decode_cuda, "format"_a, "blocks"_a, "slots"_a, "stream"_a = 0,
