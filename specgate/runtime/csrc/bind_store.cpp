@@ -6,6 +6,9 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <chrono>
+#include <thread>
+
 #include "bind.h"
 #include "error.h"
 #include "store.h"
@@ -42,12 +45,14 @@ FileReader::Options::Backend backend_of(const std::string& text) {
   throw StoreFailure(StoreFailure::Kind::Config, "reader=" + text + " is unknown: choose auto, io_uring or pread");
 }
 
-/// Reads of the given offsets fail or end early; for tests.
+/// Reads of the given offsets fail, end early or (a negative errno: milliseconds) come late; for tests.
 std::function<ReadFault(int, uint64_t, uint64_t)> faults_of(std::vector<FaultTuple> faults) {
   if (faults.empty()) return {};
   return [faults = std::move(faults)](int, uint64_t offset, uint64_t length) {
     for (const auto& [at, error, limit] : faults) {
-      if (offset <= at && at < offset + length) return ReadFault{error, limit};
+      if (at < offset || at >= offset + length) continue;
+      if (error >= 0) return ReadFault{error, limit};
+      std::this_thread::sleep_for(std::chrono::milliseconds(-error));
     }
     return ReadFault{};
   };

@@ -1,0 +1,318 @@
+"""The threaded store on the CPU: contents, tiers, faults, Ctrl-C, what it leaves behind."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+
+from specgate.errors import BudgetError, ConfigError, StoreError
+from specgate.moe.hosts import local_directory
+from specgate.runtime import native
+from specgate.runtime.layout import BlockLayout
+from specgate.runtime.source import ExpertSource
+from specgate.runtime.store import ExpertStore, StoreSettings
+
+pytestmark = [
+    pytest.mark.skipif(not native.available(), reason="the native core is not compiled"),
+    pytest.mark.timeout(60),
+]
+
+
+@pytest.fixture(scope="module")
+def source():
+    return ExpertSource.open("olmoe_ref")
+
+
+def check(store, source, layer, experts):
+    """The slots that are acquired hold exactly the checkpoint's tensors."""
+    for expert, slot in zip(experts, store.acquire(layer, experts), strict=True):
+        for name, tensor in source.tensors(source.block_id(layer, expert)).items():
+            assert torch.equal(store.arena(name)[slot], tensor)
+    store.release(layer, experts)
+
+
+@pytest.mark.parametrize("reader", ["io_uring", "pread"])
+@pytest.mark.parametrize("host_experts", [0, 3, 10_000])
+def test_contents_on_every_way(source, reader, host_experts):
+    settings = StoreSettings(poison=True, reader=reader)
+    try:
+        store = ExpertStore(source, 6, host_experts * (source.layout.block_bytes + 4096), settings=settings)
+    except ConfigError as error:  # a kernel or container without io_uring
+        assert reader == "io_uring"
+        pytest.skip(str(error))
+    with store:
+        for step in range(3):
+            for layer in range(source.layers):
+                store.prefetch((layer + 1) % source.layers, (step * 5) % 32, 0.9)
+                check(store, source, layer, [(step * 5 + i * 9) % 32 for i in range(4)])
+        stats = store.stats()
+        assert stats["hit"] + stats["late"] + stats["host_hit"] + stats["miss"] == 3 * 8 * 4
+        assert stats["device_bytes"] == 6 * source.layout.slot_bytes
+        if host_experts == 0:
+            assert stats["host_hit"] == 0
+
+
+def test_free_slots_hold_nan(source):
+    with ExpertStore(source, 4, 0, settings=StoreSettings(poison=True)) as store:
+        (slot,) = store.acquire(0, [3])
+        others = [s for s in range(4) if s != slot]
+        for piece in store.layout.pieces:
+            assert store.arena(piece.name)[others].isnan().all()
+            assert not store.arena(piece.name)[slot].isnan().any()
+
+
+def test_forecasts_become_hits(source):
+    with ExpertStore(source, 8) as store:
+        assert store.prefetch(2, 7, 0.9) == "queued"
+        store.drain()
+        assert store.prefetch(2, 7, 0.8) == "resident"
+        assert store.prefetch(3, 7, 0.8, host=True) == "queued"
+        store.drain()
+        assert store.state(3, 7)[0] == "ABSENT"
+        assert store.state(3, 7)[3] == "PRESENT"
+        check(store, source, 2, [7])
+        stats = store.stats()
+        assert (stats["hit"], stats["miss"]) == (1, 0)
+        assert stats["useful_bytes"] == source.layout.block_bytes
+        store.advance(5)
+        assert store.prefetch(4, 1, 0.9, deadline=4) == "stale"
+
+
+def test_warm_fills_what_there_is_room_for(source):
+    with ExpertStore(source, 40) as store:
+        store.warm(host=True)
+        store.warm()
+        states = [store.state(layer, e) for layer in range(8) for e in range(32)]
+        assert sum(s[0] == "PRESENT" for s in states) == 40
+        assert all(s[3] == "PRESENT" for s in states)
+
+
+def test_static_and_belady(source):
+    with ExpertStore(source, 2, settings=StoreSettings(eviction="static")) as store:
+        weights = torch.zeros(8, 32)
+        weights[0, 5] = 1.0
+        store.set_weights(weights)
+        for expert in (5, 1, 2, 3):
+            check(store, source, 0, [expert])
+        assert store.state(0, 5)[0] == "PRESENT"
+    with ExpertStore(source, 2, settings=StoreSettings(eviction="belady")) as store:
+        events = [(0, [1]), (0, [2]), (0, [3]), (0, [1])]
+        store.set_future(events)
+        for layer, experts in events:
+            check(store, source, layer, experts)
+        assert store.stats()["hit"] == 1
+
+
+def test_a_budget_below_one_call(source):
+    with ExpertStore(source, 3) as store:
+        with pytest.raises(BudgetError, match="4 experts are needed at once and the budget holds 3"):
+            store.acquire(0, [0, 1, 2, 3])
+        check(store, source, 0, [0, 1, 2])
+    with pytest.raises(BudgetError, match="num_slots=0"):
+        ExpertStore(source, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda s: s.acquire(8, [0]), "layer 8"),
+        (lambda s: s.acquire(0, [32]), r"\[32\]"),
+        (lambda s: s.acquire(0, [1, 1]), "named twice"),
+        (lambda s: s.release(0, [1]), "not acquired"),
+        (lambda s: s.prefetch(0, 1, float("nan")), "no probability"),
+        (lambda s: s.prefetch(0, 1, 1.5), "no probability"),
+        (lambda s: s.advance(-1), "clock went back"),
+        (lambda s: s.arena("nothing"), "no piece nothing"),
+    ],
+)
+def test_nonsense_is_refused(source, call, words):
+    with ExpertStore(source, 4) as store, pytest.raises(ConfigError, match=words):
+        call(store)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"eviction": "random"}, "eviction=random is unknown"),
+        ({"reader": "magic"}, "reader=magic is unknown"),
+        ({"max_reads": 0}, "max_reads=0"),
+        ({"workers": 0}, "workers=0"),
+        ({"half_life": 0.0}, "half_life"),
+    ],
+)
+def test_nonsense_settings(source, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        ExpertStore(source, 4, settings=StoreSettings(**settings))
+
+
+def test_memory_that_is_refused():
+    layout = BlockLayout.make([("up", (1 << 18, 1 << 19), torch.float32)])  # 512 GiB
+    with pytest.raises(StoreError, match="MiB of slots were refused: lower budget_gb"):
+        ExpertStore(None, 100, layout=layout, layers=10, experts=10)
+
+
+def test_no_more_slots_than_experts(source):
+    with ExpertStore(source, 1 << 40, 0) as store:
+        assert store.num_slots == 8 * 32
+
+
+def test_closed(source):
+    store = ExpertStore(source, 4)
+    store.acquire(0, [1])
+    store.close()
+    store.close()
+    store.release(0, [1])
+    for call in (
+        lambda: store.acquire(0, [1]),
+        lambda: store.prefetch(0, 1, 0.5),
+        lambda: store.arena("down_proj"),
+    ):
+        with pytest.raises(StoreError, match="closed"):
+            call()
+    assert store.stats()["device_bytes"] == 0
+
+
+def copied_model(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(local_directory("olmoe_ref"), folder)
+    return folder
+
+
+def place(source, layer, expert):
+    """File and offset of an expert's first bytes."""
+    segment = source.blocks[source.block_id(layer, expert)].segments[0]
+    return source.paths[segment.file], segment.offset
+
+
+@pytest.mark.parametrize("host_bytes", [0, None])
+def test_io_errors_name_the_file_and_spare_the_others(source, host_bytes):
+    path, offset = place(source, 1, 4)
+    settings = StoreSettings(faults=((offset, 5, 2**63),))  # EIO
+    with ExpertStore(source, 6, host_bytes, settings=settings) as store:
+        with pytest.raises(StoreError, match=path.name):
+            store.acquire(1, [3, 4])
+        assert store.state(1, 3)[2] == 0
+        store.prefetch(1, 4, 0.9)  # a forecast that fails is no error
+        store.drain()
+        check(store, source, 1, [3, 5])
+        with pytest.raises(StoreError, match=path.name):
+            store.acquire(1, [4])
+
+
+def test_a_file_truncated_while_open(tmp_path):
+    source = ExpertSource.open(copied_model(tmp_path))
+    with ExpertStore(source, 4, 0) as store:
+        check(store, source, 0, [0])
+        last = max(range(len(source.blocks)), key=lambda b: source.blocks[b].segments[0].offset)
+        path, offset = place(source, *divmod(last, 32))
+        os.truncate(path, offset)
+        with pytest.raises(StoreError, match=path.name):
+            store.acquire(*[divmod(last, 32)[0], [divmod(last, 32)[1]]])
+
+
+def test_ctrl_c_while_waiting(source):
+    """Python's handler runs at once, the experts are released, the store goes on."""
+    _, offset = place(source, 0, 2)
+    with ExpertStore(source, 2, 0, settings=StoreSettings(faults=((offset, -3000, 0),))) as store:
+        check(store, source, 0, [0])
+        timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            store.acquire(0, [1, 2])
+        assert time.monotonic() - start < 2.0
+        assert store.state(0, 1)[2] == store.state(0, 2)[2] == 0
+        check(store, source, 0, [1, 2])
+
+
+def test_closing_while_another_thread_waits(source):
+    _, offset = place(source, 0, 2)
+    store = ExpertStore(source, 2, 0, settings=StoreSettings(faults=((offset, -1000, 0),)))
+    errors = []
+
+    def wait():
+        try:
+            store.acquire(0, [2])
+        except StoreError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    time.sleep(0.2)
+    store.close()
+    thread.join(timeout=20)
+    assert not thread.is_alive()
+    assert "closed" in errors[0]
+
+
+def test_two_stores_on_one_file(source):
+    with ExpertStore(source, 4, 0) as one, ExpertStore(source, 4, 0) as two:
+        for expert in range(0, 32, 5):
+            check(one, source, 0, [expert])
+            check(two, source, 1, [expert])
+
+
+def test_threads_share_a_store(source):
+    errors = []
+
+    def work(store, seed):
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            for _ in range(60):
+                experts = torch.randperm(32, generator=generator)[:3].tolist()
+                check(store, source, int(torch.randint(8, (1,), generator=generator)), experts)
+        except BaseException as error:
+            errors.append(error)
+
+    with ExpertStore(source, 9, 0, settings=StoreSettings(poison=True)) as store:
+        threads = [threading.Thread(target=work, args=(store, seed)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+
+
+def test_nothing_is_left_behind(source):
+    process = psutil.Process()
+    ExpertStore(source, 4).close()  # libraries load, allocators warm up
+    threads, files = process.num_threads(), process.num_fds()
+    for _ in range(5):
+        with ExpertStore(source, 8, 1 << 20) as store:
+            store.prefetch(0, 1, 0.5)
+            check(store, source, 0, [1, 2])
+    assert process.num_threads() == threads
+    assert process.num_fds() == files
+
+
+def test_in_memory():
+    layout = BlockLayout.make([("up", (4, 8), torch.float32)])
+    with ExpertStore(None, 2, layout=layout, layers=2, experts=3) as store:
+        for layer in range(2):
+            for expert in range(3):
+                block = torch.full((4, 8), float(10 * layer + expert))
+                store.fill(
+                    layer, expert, torch.nn.functional.pad(block.view(torch.uint8).flatten(), (0, 128))
+                )
+        slots = store.acquire(1, [0, 2])
+        assert store.arena("up")[slots, 0, 0].tolist() == [10.0, 12.0]
+        store.release(1, [0, 2])
+        assert store.stats()["miss"] == 0
+        assert store.reader == "memory"
+    with pytest.raises(ConfigError, match="give all three"):
+        ExpertStore(None, 2)
+
+
+def test_timeline_is_a_chrome_trace(source, tmp_path):
+    with ExpertStore(source, 4) as store:
+        check(store, source, 2, [1, 2])
+        saved = json.loads(store.save_timeline(tmp_path / "t.json").read_text())["traceEvents"]
+    names = {event["name"] for event in saved if event["ph"] == "X"}
+    assert {"read: layer 2, expert 1", "copy: layer 2, expert 2", "read: layer 2, expert 2"} <= names
+    assert all(event["dur"] >= 0 for event in saved if event["ph"] == "X")
