@@ -292,6 +292,17 @@ class ExpertStore:
         path.write_text(json.dumps({"traceEvents": threads + self.timeline()}))
         return path
 
+    def time_hits(self, layer: int, experts: Sequence[int], rounds: int) -> tuple[list[int], list[int]]:
+        """Nanoseconds that the native core takes to acquire, and to release, experts that are on the device.
+
+        Raises:
+            ConfigError: if one of them is not.
+        """
+        found: tuple[list[int], list[int]] = self._core.time_hits(
+            self._blocks(layer, experts), rounds, self._stream()
+        )
+        return found
+
     @property
     def reader(self) -> str:
         """How files are read: ``io_uring``, ``pread``, ``memory`` or ``closed``."""

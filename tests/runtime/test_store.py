@@ -309,6 +309,18 @@ def test_in_memory():
         ExpertStore(None, 2)
 
 
+def test_time_of_hits(source):
+    with ExpertStore(source, 4) as store:
+        with pytest.raises(ConfigError, match="not on the device"):
+            store.time_hits(0, [1, 2], 3)
+        store.drain()
+        check(store, source, 0, [1, 2])
+        acquire, release = store.time_hits(0, [1, 2], 50)
+        assert len(acquire) == len(release) == 50
+        assert 0 < min(acquire) < 1_000_000
+        assert store.state(0, 1)[2] == 0
+
+
 def test_timeline_is_a_chrome_trace(source, tmp_path):
     with ExpertStore(source, 4) as store:
         check(store, source, 2, [1, 2])

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -114,6 +115,25 @@ nb::object slab(nb::object self, uint32_t b) {
                   nb::rv_policy::reference);
 }
 
+/// Nanoseconds that demand + slots, and release, of blocks on the device take here, without Python.
+std::pair<std::vector<int64_t>, std::vector<int64_t>> time_hits(Store& store, const std::vector<uint32_t>& blocks,
+                                                               int rounds, uintptr_t stream) {
+  std::vector<int64_t> acquire_ns, release_ns;
+  for (int i = 0; i < rounds; ++i) {
+    const int64_t begin = now_ns();
+    if (!store.demand(blocks)) {
+      store.release(blocks, stream);
+      throw StoreFailure(StoreFailure::Kind::Config, "the experts to time are not on the device: acquire them first");
+    }
+    store.slots(blocks, stream);
+    const int64_t middle = now_ns();
+    store.release(blocks, stream);
+    release_ns.push_back(now_ns() - middle);
+    acquire_ns.push_back(middle - begin);
+  }
+  return {acquire_ns, release_ns};
+}
+
 nb::list timeline(const Store& store) {
   nb::list out;
   for (const Span& span : store.timeline()) {
@@ -199,6 +219,7 @@ void bind_store(nb::module_& m) {
              return nb::make_tuple(kPlaces[static_cast<int>(block.device)], block.slot, block.pins,
                                    kPlaces[static_cast<int>(block.host)], block.slab);
            })
+      .def("time_hits", &time_hits, "blocks"_a, "rounds"_a, "stream"_a = 0, nb::call_guard<nb::gil_scoped_release>())
       .def("stats", &stats)
       .def("timeline", &timeline)
       .def("reader_backend", &Store::reader_backend)
