@@ -28,6 +28,7 @@ _PUBLIC = {
     "TraceWriter": "specgate.traces.store",
     "UnknownArchitectureError": "specgate.errors",
     "load_predictor": "specgate.calibration.load",
+    "offload": "specgate.moe.offload",
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from specgate.errors import TraceError as TraceError
     from specgate.errors import UnknownArchitectureError as UnknownArchitectureError
     from specgate.forecast import Forecast as Forecast
+    from specgate.moe.offload import offload as offload
     from specgate.moe.recorder import Recorder as Recorder
     from specgate.predictors.base import Predictor as Predictor
     from specgate.traces.batch import RoutingBatch as RoutingBatch

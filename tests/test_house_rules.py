@@ -15,6 +15,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = ("moe", "traces", "predictors", "calibration", "policy", "runtime", "report")
 #: Collecting is the one step that writes what lies to its right.
 ALLOWED = {("moe", "traces")}
+#: The one place where host, forecast and store meet.
+MEETING = ("specgate", "moe", "offload.py")
 LONGEST = 400
 
 
@@ -75,7 +77,7 @@ def test_packages_import_only_from_their_left() -> None:
     found = []
     for file in FILES:
         parts = file.relative_to(ROOT).parts
-        if parts[0] != "specgate" or len(parts) < 3 or parts[1] not in ORDER:
+        if parts[0] != "specgate" or len(parts) < 3 or parts[1] not in ORDER or parts == MEETING:
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []

@@ -1,0 +1,336 @@
+"""Experts that run from slots: the family's own class and kernels, on tensors that a store lends.
+
+Nothing is computed here that transformers does not compute: its own ``forward`` runs on a stand-in for the
+module (``Face``) whose tensors are views of the store's arena and whose indices are slots. So an
+offloaded layer gives what the resident layer gives, bit for bit:
+
+* ``grouped_mm`` and ``batched_mm`` take slots for experts. If one call needs more experts than there are
+  slots, they run in waves; every wave has as many rows as the whole call (a kernel may choose its blocking by
+  that number), rows of other waves being marked as another rank's experts are in expert parallelism. The rows
+  are collected and summed once, as transformers sums them.
+* ``eager`` and Switch Transformers add expert after expert, in ascending order; they ask for each expert's
+  tensors when they come to it.
+
+Letters: N tokens of a call, K experts per token, D hidden size, E experts of the layer, S slots.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from specgate.errors import ConfigError, StoreError
+from specgate.moe.offload_kernels import (
+    Face,
+    Lookup,
+    Rows,
+    SwitchFace,
+    implementation_of,
+    pages_of,
+    run_original,
+    used_experts,
+)
+
+
+class Store(Protocol):
+    """What is asked of an expert store; see ``specgate.runtime``."""
+
+    @property
+    def num_slots(self) -> int: ...
+
+    def arena(self, name: str) -> Tensor: ...
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> list[int]: ...
+
+    def release(self, layer: int, experts: Sequence[int]) -> None: ...
+
+    def prefetch(
+        self, layer: int, expert: int, p: float, deadline: int | None = None, host: bool = False
+    ) -> Any: ...
+
+    def advance(self, clock: int) -> None: ...
+
+    def stats(self) -> dict[str, Any]: ...
+
+    def timeline(self) -> list[Any]: ...
+
+    def close(self) -> None: ...
+
+
+#: Told of every call once its experts are there: layer, routing, weights (the arguments of the module).
+Observer = Callable[[int, Tensor, Tensor], None]
+
+
+class OffloadedExperts:
+    """Mixed into a family's experts class (:func:`empty_experts`): no tensors of its own."""
+
+    original: type[nn.Module]
+    shapes: dict[str, tuple[int, ...]]
+    tensor_names: list[str]
+    num_experts: int
+    layer: int = -1
+    runner: ExpertRunner | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the original's.
+
+        Raises:
+            StoreError: outside the ``with`` block.
+            ConfigError: in a backward pass.
+        """
+        hidden_ND, routing, weights = (*args, *kwargs.values())[:3]
+        if self.runner is None:
+            raise StoreError(
+                "This model's experts are not in memory: its offload block was left (or never entered); "
+                "use the model inside `with specgate.offload(...) as model`."
+            )
+        if torch.is_grad_enabled() and (hidden_ND.requires_grad or weights.requires_grad):
+            out: Tensor = _NoGradient.apply(hidden_ND, weights, self, routing)  # type: ignore[no-untyped-call]
+            return out
+        return self.runner.run(self, hidden_ND, routing, weights)
+
+
+class _NoGradient(torch.autograd.Function):
+    """The experts in a graph that autograd draws: forward as ever, and an error instead of a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weights: Tensor, module: Any, routing: Tensor) -> Tensor:
+        out: Tensor = module.runner.run(module, hidden_ND, routing, weights)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise ConfigError(
+            "Offloaded experts are for inference, no gradient goes through them; load the model without "
+            "specgate.offload to train it."
+        )
+
+
+def empty_experts(module: nn.Module) -> None:
+    """Takes the tensors out of an experts module and makes it run from slots.
+
+    It stays an instance of its class, under the same name; ``shapes`` are those of one expert's tensors and
+    ``tensor_names`` those that the module had.
+    """
+    experts: Any = module
+    original = type(module)
+    if isinstance(module, nn.ModuleDict):
+        template = module["expert_0"].eval()
+        shapes = {n.removesuffix(".weight"): tuple(p.shape) for n, p in template.named_parameters()}
+        names = [name for name, _ in module.named_parameters()]
+        module.clear()
+        experts.template = (template,)  # in a tuple, so that it is no submodule
+    else:
+        shapes = {name: tuple(p.shape[1:]) for name, p in module.named_parameters()}
+        names = list(shapes)
+        for name in names:
+            del module._parameters[name]
+    module.__class__ = _offloaded_class(original)
+    experts.shapes, experts.tensor_names = shapes, names
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _offloaded_class(original: type[nn.Module]) -> type[nn.Module]:
+    if original not in _CLASSES:
+        same = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+        # Compiled models go around it: what it does depends on what lies where.
+        forward = torch.compiler.disable(OffloadedExperts.forward)
+        members = {"original": original, "forward": forward, "__doc__": original.__doc__, **same}
+        _CLASSES[original] = type(original.__name__, (OffloadedExperts, original), members)
+    return _CLASSES[original]
+
+
+class ExpertRunner:
+    """Runs the experts of all layers of one model from one store.
+
+    Calls are taken one at a time, so that several threads may use the model.
+
+    Args:
+        store: where the experts are.
+        modules: the emptied experts modules in running order; ``layer`` is set on each.
+    """
+
+    def __init__(self, store: Store, modules: Sequence[nn.Module]) -> None:
+        self.store = store
+        self.observer: Observer | None = None
+        self.clock = 0
+        self._lock = threading.RLock()
+        self._modules: list[Any] = list(modules)
+        self._arenas: dict[str, Tensor] = {name: store.arena(name) for name in self._modules[0].shapes}
+        self._resident: list[_Resident] | None = None
+        for layer, module in enumerate(self._modules):
+            module.layer, module.runner = layer, self
+
+    def close(self) -> None:
+        """Leaves the modules without a store."""
+        with self._lock:
+            for module in self._modules:
+                module.runner = None
+            self._arenas, self._resident = {}, None
+
+    def load_all(self) -> bool:
+        """Loads every expert for good; from then on a call asks nothing of the store.
+
+        Returns:
+            Whether each layer's experts lie side by side, in whatever order, as they must for that.
+        """
+        found = []
+        for layer, module in enumerate(self._modules):
+            experts = list(range(module.num_experts))
+            slots = self.store.acquire(layer, experts)
+            first = min(slots)
+            if sorted(slots) != list(range(first, first + len(slots))):
+                for earlier in range(layer + 1):
+                    self.store.release(earlier, experts)
+                return False
+            views = {name: arena[first : first + len(slots)] for name, arena in self._arenas.items()}
+            found.append(_Resident(views, [slot - first for slot in slots]))
+        self._resident = found
+        return True
+
+    def prefetch(self, layer: int, expert: int, p: float, horizon: int) -> None:
+        """An expert may be needed ``horizon`` MoE layers after the last call."""
+        with self._lock:
+            self.store.prefetch(layer, expert, p, self.clock + horizon)
+
+    def run(self, module: Any, hidden_ND: Tensor, routing: Tensor, weights: Tensor) -> Tensor:
+        """One call of one layer's experts.
+
+        Args:
+            routing, weights: as the module is called: indices and weights ``[N, K]``; in Switch Transformers
+                a mask ``[N, 1, E]`` and probabilities ``[N, 1]``.
+        """
+        with self._lock:
+            self.clock += 1
+            if self._resident is not None:
+                return self._run_resident(module, self._resident[module.layer], hidden_ND, routing, weights)
+            self.store.advance(self.clock)
+            experts = used_experts(routing, mask=isinstance(module, nn.ModuleDict))
+            if not experts:
+                return torch.zeros_like(hidden_ND)
+            if isinstance(module, nn.ModuleDict) or implementation_of(module) == "eager":
+                return self._run_in_order(module, experts, hidden_ND, routing, weights)
+            return self._run_by_index(module, experts, hidden_ND, routing, weights)
+
+    def _observe(self, module: Any, routing: Tensor, weights: Tensor) -> None:
+        if self.observer is not None:
+            self.observer(module.layer, routing, weights)
+
+    def _waves(self, experts: list[int]) -> list[list[int]]:
+        """The experts in portions that fit; half the slots each, so that the next one can come meanwhile."""
+        room = self.store.num_slots
+        if len(experts) <= room:
+            return [experts]
+        room = max(1, room // 2)
+        return [experts[i : i + room] for i in range(0, len(experts), room)]
+
+    def _run_resident(
+        self, module: Any, here: _Resident, hidden_ND: Tensor, routing: Tensor, weights: Tensor
+    ) -> Tensor:
+        """From the layer's own stretch of the arena; the host waits for nothing."""
+        if isinstance(module, nn.ModuleDict):
+            face: Face = SwitchFace(module, here.views, here.places.__getitem__)
+        elif here.in_order:
+            implementation_of(module)
+            face = Face(module, here.views)
+        elif implementation_of(module) == "eager":
+            lookups = {name: Lookup(view, here.places.__getitem__) for name, view in here.views.items()}
+            face = Face(module, lookups)
+        else:
+            face = Face(module, here.views)
+            routing = here.table_on(routing.device)[routing]
+        return run_original(module, face, hidden_ND, routing, weights)
+
+    def _run_in_order(
+        self, module: Any, experts: list[int], hidden_ND: Tensor, routing: Tensor, weights: Tensor
+    ) -> Tensor:
+        """The family's own loop, which comes to the experts in ascending order."""
+        with _Visits(self.store, module.layer, self._waves(experts), self.clock) as visits:
+            self._observe(module, routing, weights)
+            if isinstance(module, nn.ModuleDict):
+                face: Face = SwitchFace(module, self._arenas, visits.slot)
+            else:
+                face = Face(module, {n: Lookup(a, visits.slot) for n, a in self._arenas.items()})
+            return run_original(module, face, hidden_ND, routing, weights)
+
+    def _run_by_index(
+        self, module: Any, experts: list[int], hidden_ND: Tensor, index_NK: Tensor, weights_NK: Tensor
+    ) -> Tensor:
+        """All experts at once by their slots, or in waves."""
+        rows = Rows(module, self._arenas, hidden_ND, index_NK, weights_NK)
+        waves = self._waves(experts)
+        with _Visits(self.store, module.layer, waves, self.clock) as visits:
+            self._observe(module, index_NK, weights_NK)
+            for wave in waves:
+                slots = [visits.slot(expert) for expert in wave]
+                pages = list(pages_of(wave, slots, self.store.num_slots, implementation_of(module)))
+                if len(waves) == len(pages) == 1:
+                    return rows.whole(*pages[0])
+                for page in pages:
+                    rows.add(*page)
+            return rows.total()
+
+
+class _Resident:
+    """Experts of a layer that stay where they are.
+
+    Args:
+        views: their tensors, ``[E, ...]`` each.
+        places: of each expert in them.
+    """
+
+    def __init__(self, views: dict[str, Tensor], places: list[int]) -> None:
+        self.views, self.places = views, places
+        self.in_order = places == sorted(places)
+        self._table_E: Tensor | None = None
+
+    def table_on(self, device: torch.device) -> Tensor:
+        """``places`` as a tensor, made once."""
+        if self._table_E is None:
+            self._table_E = torch.tensor(self.places, device=device)
+        return self._table_E
+
+
+class _Visits:
+    """Holds the slots of one wave after another; a context that gives back what it holds."""
+
+    def __init__(self, store: Store, layer: int, waves: list[list[int]], clock: int) -> None:
+        self._store, self._layer, self._waves, self._clock = store, layer, waves, clock
+        self._wave_of = {expert: i for i, wave in enumerate(waves) for expert in wave}
+        self._held = -1
+        self._slots: dict[int, int] = {}
+
+    def __enter__(self) -> _Visits:
+        self._hold(0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._held >= 0:
+            wave, self._held = self._waves[self._held], -1
+            self._store.release(self._layer, wave)
+
+    def _hold(self, number: int) -> None:
+        self._give_back()
+        wave = self._waves[number]
+        slots = self._store.acquire(self._layer, wave)
+        self._held, self._slots = number, dict(zip(wave, slots, strict=True))
+        for expert in self._waves[number + 1] if number + 1 < len(self._waves) else ():
+            self._store.prefetch(self._layer, expert, 1.0, self._clock)
+
+    def slot(self, expert: int) -> int:
+        """Where an expert lies; valid until one of another wave is asked for."""
+        if self._wave_of[expert] != self._held:
+            self._hold(self._wave_of[expert])
+        return self._slots[expert]
