@@ -205,6 +205,34 @@ class ExpertStore:
         answer: str = self._core.prefetch(block, p, NEVER if deadline is None else deadline, host)
         return answer
 
+    def prefetch_all(
+        self, layer: int, wanted: Sequence[tuple[int, float]], deadline: int | None = None
+    ) -> None:
+        """The same for many experts of a layer: (expert, p) each."""
+        due = NEVER if deadline is None else deadline
+        blocks = self._blocks(layer, [expert for expert, _ in wanted])
+        self._core.prefetch_all([(b, p, due) for b, (_, p) in zip(blocks, wanted, strict=True)])
+
+    def follow(self, ring: Any, first_layer: int = 0, layers: int | None = None) -> None:
+        """Lets a thread of the store's own prefetch what a ring of forecasts says, without Python.
+
+        Each forecast moves the clock; :meth:`advance` is not to be called then.
+
+        Args:
+            ring: of :class:`specgate.runtime.speculate.Speculator`.
+            first_layer: the layer that the forecasts call 0 (a decoder's first).
+            layers: how many there are; None is all from there on.
+
+        Raises:
+            ConfigError: if the store has not so many layers.
+        """
+        count = self.layers - first_layer if layers is None else layers
+        self._core.follow(ring, first_layer * self.experts, self.experts, count)
+
+    def unfollow(self) -> None:
+        """Stops following; the thread ends."""
+        self._core.unfollow()
+
     def advance(self, clock: int) -> None:
         """Tells the time that deadlines are in; forecasts whose time is over are dropped."""
         self._core.advance(clock)

@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -149,6 +150,8 @@ nb::dict stats(const Store& store) {
   out["stalls"] = own.stalls;
   out["stall_ns"] = own.stall_ns;
   out["failures"] = own.failures;
+  out["followed"] = own.followed;
+  out["lost"] = own.lost;
   out["device_bytes"] = store.device_bytes();
   out["host_bytes"] = store.host_bytes();
   return out;
@@ -207,6 +210,21 @@ void bind_store(nb::module_& m) {
             return kAsked[static_cast<int>(self.prefetch(block, p, deadline, host ? Target::Host : Target::Device))];
           },
           "block"_a, "p"_a, "deadline"_a, "host"_a = false)
+      .def(
+          "prefetch_all",
+          [](Store& self, const std::vector<std::tuple<uint32_t, double, int64_t>>& foreknown) {
+            std::vector<Foreknown> all;
+            all.reserve(foreknown.size());
+            for (const auto& [block, p, deadline] : foreknown) all.push_back({block, p, deadline, Target::Device});
+            const nb::gil_scoped_release free;
+            self.prefetch_all(all);
+          },
+          "foreknown"_a)
+      .def("follow",
+           [](Store& self, std::shared_ptr<ForecastRing> ring, uint32_t first_block, uint32_t experts,
+              uint32_t layers) { self.follow(std::move(ring), first_block, experts, layers); },
+           "ring"_a, "first_block"_a, "experts"_a, "layers"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def("unfollow", &Store::unfollow, nb::call_guard<nb::gil_scoped_release>())
       .def("advance", &Store::advance, "now"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("drain", &drain, "seconds"_a = 60.0, "Waits until nothing moves; False after so many seconds.")
       .def("close", &Store::close, nb::call_guard<nb::gil_scoped_release>())

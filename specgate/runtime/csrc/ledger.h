@@ -99,6 +99,7 @@ class Ledger {
   const Block& block(uint32_t b) const { return blocks_[b]; }
   size_t size() const { return blocks_.size(); }
   int64_t bytes(uint32_t b) const { return block_bytes_[blocks_[b].shape_class]; }
+  int64_t now() const { return now_; }
   int64_t jobs_in_flight() const { return static_cast<int64_t>(jobs_.size()); }
   int64_t wants() const { return static_cast<int64_t>(demands_.size() + prefetches_.size()) + jobs_in_flight(); }
   Policy& policy() { return policy_; }

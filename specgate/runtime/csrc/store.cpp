@@ -165,6 +165,16 @@ Asked Store::prefetch(uint32_t block, double p, int64_t deadline, Target target)
   return asked;
 }
 
+void Store::prefetch_all(const std::vector<Foreknown>& foreknown) {
+  const std::lock_guard lock(mutex_);
+  require_open();
+  bool queued = false;
+  for (const Foreknown& f : foreknown) {
+    queued |= ledger_->prefetch(f.block, f.p, f.deadline, f.target) == Asked::Queued;
+  }
+  if (queued) pump();
+}
+
 void Store::advance(int64_t now) {
   std::vector<int64_t> unwanted;
   {
@@ -184,6 +194,7 @@ bool Store::drain(int milliseconds) {
 }
 
 void Store::close() {
+  unfollow();
   {
     const std::lock_guard lock(mutex_);
     if (closing_) return;

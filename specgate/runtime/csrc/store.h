@@ -3,6 +3,7 @@
 // Any thread may call it. Nothing here waits but wait(), warm() and close().
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -16,6 +17,7 @@
 #include "device.h"
 #include "file_reader.h"
 #include "ledger.h"
+#include "speculate.h"
 #include "task_pool.h"
 #include "timeline.h"
 
@@ -43,9 +45,18 @@ struct StoreConfig {
   int workers = 2;  ///< threads that decompress
 };
 
+/// A block that a forecast says is needed.
+struct Foreknown {
+  uint32_t block = 0;
+  double p = 0;
+  int64_t deadline = 0;
+  Target target = Target::Device;
+};
+
 /// Time and threads, beside the Ledger's counters.
 struct StoreCounters {
   int64_t stall_ns = 0, stalls = 0, acquires = 0, failures = 0;
+  int64_t followed = 0, lost = 0;  ///< forecasts of a ring that were seen, and overwritten before
 };
 
 class Store {
@@ -65,7 +76,13 @@ class Store {
   /// Unpins. Kernels on `stream` until now are the last that use them.
   void release(const std::vector<uint32_t>& blocks, uintptr_t stream);
   Asked prefetch(uint32_t block, double p, int64_t deadline, Target target);
+  /// The same for many at once, under one lock.
+  void prefetch_all(const std::vector<Foreknown>& foreknown);
   void advance(int64_t now);
+  /// A thread of the store's own polls the ring: each forecast moves the clock to its sequence number and is
+  /// prefetched. `first_block`: of the layers that the forecasts are about, `experts` blocks a layer.
+  void follow(std::shared_ptr<const ForecastRing> ring, uint32_t first_block, uint32_t experts, uint32_t layers);
+  void unfollow();
   /// Waits until nothing is wanted or moves; false after `milliseconds`.
   bool drain(int milliseconds);
   /// Cancels reads, waits for copies, frees everything. Callers that wait get a StoreFailure(Closed).
@@ -135,6 +152,8 @@ class Store {
   Timeline timeline_;
   StoreCounters counters_;
   bool closed_ = false, closing_ = false;
+  std::atomic<bool> following_{false};
+  std::thread follower_;
   std::unique_ptr<TaskPool> workers_;
   std::unique_ptr<FileReader> reader_;  // last: its threads call into the store
 };
