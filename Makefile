@@ -82,7 +82,7 @@ test: test-native  ## every test but those marked slow or gpu
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q --durations 10 $(ARGS)
 
 test-native: $(NATIVE)  ## the tests of the native core that are written in C++
-	@if test -f $(NATIVE_BUILD)/CMakeCache.txt; then \
+	@if test $(SPECGATE_NATIVE) != 0 -a -f $(NATIVE_BUILD)/CMakeCache.txt; then \
 		$(CMAKE_BIN)cmake --build $(NATIVE_BUILD) --target native_tests && \
 		$(CMAKE_BIN)ctest --test-dir $(NATIVE_BUILD) --output-on-failure; \
 	else echo "test-native: the native core is not compiled here"; fi
