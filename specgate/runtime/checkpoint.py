@@ -53,6 +53,7 @@ class Checkpoint:
         config: transformers' configuration.
         paths: the safetensors files.
         tensors: name -> place.
+        commit: on the hub; empty for local files.
     """
 
     directory: Path
@@ -60,12 +61,12 @@ class Checkpoint:
     config: Any
     paths: tuple[Path, ...]
     tensors: dict[str, TensorPlace]
+    commit: str = ""
 
     @cached_property
     def revision(self) -> str:
         """Commit on the hub, or a hash of the local files."""
-        commit = getattr(self.config, "_commit_hash", None)
-        return str(commit) if commit else _fingerprint(self.directory)
+        return self.commit or _fingerprint(self.directory)
 
 
 def open_checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoint:
@@ -89,11 +90,13 @@ def open_checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoin
     tensors: dict[str, TensorPlace] = {}
     for number, path in enumerate(paths):
         tensors |= read_header(path, number)
-    model_id = found.name if isinstance(found, Path) else found
-    return Checkpoint(directory, model_id, config, tuple(paths), tensors)
+    if isinstance(found, Path):
+        return Checkpoint(directory, found.name, config, tuple(paths), tensors)
+    return Checkpoint(directory, found, config, tuple(paths), tensors, commit=directory.name)
 
 
 def _download(name: str, revision: str | None) -> Path:
+    """The folder of a snapshot, which is named after its commit."""
     import huggingface_hub
 
     with readable_errors(name):

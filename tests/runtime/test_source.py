@@ -133,6 +133,26 @@ def test_base_models_without_the_prefix(olmoe: Path) -> None:
     assert torch.equal(ExpertSource.open(olmoe).tensors(9)["gate_up_proj"], first["gate_up_proj"])
 
 
+def test_a_model_on_the_hub(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def download(name: str, **more: Any) -> str:
+        asked.append((name, more))
+        return str(shutil.copytree(whole, tmp_path / "snapshots" / "0a1b2c"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    source = ExpertSource.open("somebody/tiny-olmoe", revision="main")
+    assert (source.model_id, source.revision) == ("somebody/tiny-olmoe", "0a1b2c")
+    assert asked == [
+        ("somebody/tiny-olmoe", {"revision": "main", "allow_patterns": ["*.safetensors", "*.json"]})
+    ]
+    same(source, loaded(whole, torch.bfloat16))
+
+
+def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused("somebody/no-such-model", CheckpointError, r"Cannot load the model 'somebody/no-such-model'")
+
+
 # ---------------------------------------------------------------------------------------- what can be wrong
 
 
