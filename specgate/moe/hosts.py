@@ -116,7 +116,7 @@ def load_host(
         tokenizer=tokenizer,
         family=family,
         model_id=path.name if isinstance(path, Path) else path,
-        revision=_fingerprint(path) if isinstance(path, Path) else str(commit or ""),
+        revision=fingerprint(path) if isinstance(path, Path) else str(commit or ""),
     )
 
 
@@ -210,7 +210,7 @@ class readable_errors:
         raise CheckpointError(f"Cannot load the model {self.name!r} ({first}); {remedy}.") from error
 
 
-def _fingerprint(path: Path) -> str:
+def fingerprint(path: Path) -> str:
     """A short hash over the configuration and the weights of a local model."""
     digest = hashlib.sha256()
     for file in sorted([*path.glob("config.json"), *path.glob("*.safetensors"), *path.glob("*.index.json")]):

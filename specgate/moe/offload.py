@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from specgate.calibration.load import load_predictor
 from specgate.errors import CheckpointError, ConfigError, StoreError
 from specgate.moe.families import moe_layers
-from specgate.moe.hosts import _fingerprint, quiet_imports, resolve_device
+from specgate.moe.hosts import fingerprint, quiet_imports, resolve_device
 from specgate.moe.offload_experts import ExpertRunner, Store
 from specgate.moe.offload_forecast import Forecaster, Foresees, check_predictor, stack_of, window_bytes
 from specgate.moe.offload_load import Blueprint, checkpoint_folder, draw, load_dense
@@ -250,7 +250,7 @@ def offload(
 def _packed(path: str | Path, blueprint: Blueprint) -> ExpertSource:
     """A packed file, if it was made of this model."""
     source = ExpertSource.open(Path(path), blueprint.dtype)
-    own = _fingerprint(blueprint.path) if isinstance(blueprint.path, Path) else _commit(blueprint)
+    own = fingerprint(blueprint.path) if isinstance(blueprint.path, Path) else _commit(blueprint)
     shapes = {piece.name: piece.shape for piece in source.layout.pieces}
     made_of = (source.family, source.layers, shapes)
     if made_of != (blueprint.family.name, len(blueprint.layers), blueprint.shapes) or own != source.revision:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from specgate.errors import CheckpointError
-from specgate.moe.hosts import _fingerprint, quiet_imports, readable_errors, resolve_model
+from specgate.moe.hosts import fingerprint, quiet_imports, readable_errors, resolve_model
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -66,7 +66,7 @@ class Checkpoint:
     @cached_property
     def revision(self) -> str:
         """Commit on the hub, or a hash of the local files."""
-        return self.commit or _fingerprint(self.directory)
+        return self.commit or fingerprint(self.directory)
 
 
 def open_checkpoint(name_or_path: str, revision: str | None = None) -> Checkpoint:
