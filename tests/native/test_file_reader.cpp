@@ -31,7 +31,7 @@ void reads_what_is_there(Options options, const std::filesystem::path& parent) {
   for (uint64_t id = 0; id < 100; ++id) {
     ReadRequest request;
     request.id = id;
-    memory.clear(random() % 3 == 0 ? 0 : random() % 4096);
+    memory.clear(random() % 3 == 0 ? random() % 8 * 512 : random() % 4096);
     Bytes expected(memory.size(), 0x5C);
     uint64_t at = 0;
     const int segments = 1 + static_cast<int>(random() % 4);
@@ -168,7 +168,7 @@ void many_threads(Options options) {
   const uint64_t size = 512 << 10;
   const std::vector<std::string> paths = {folder.file("a", 1, size), folder.file("b", 2, size)};
   options.chunk = 16 << 10;
-  constexpr int kThreads = 4, kRequests = 120;
+  constexpr int kThreads = 4, kRequests = 60;
   std::mutex mutex;
   std::set<uint64_t> cancelled;
   std::vector<std::unique_ptr<Memory>> memories(kThreads * kRequests);
@@ -226,6 +226,24 @@ void chains(Options options) {
   CHECK(changed.wait_for(lock, std::chrono::seconds(60), [&] { return last == 100; }));
 }
 
+/// A child made by fork has none of the reader's threads, and does not wait for them.
+void forks(Options options) {
+  const Folder folder;
+  Memory memory(1 << 20);
+  Collector collector({folder.file("a", 4, 1 << 20)}, options);
+  CHECK(collector.read(1, {{0, 0, 1 << 20, 0}}, memory).status == ReadResult::Ok);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::alarm(30);
+    collector.reader.reset();
+    ::_exit(0);
+  }
+  int status = 0;
+  CHECK(::waitpid(child, &status, 0) == child);
+  CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  CHECK(collector.read(2, {{0, 5, 1 << 19, 0}}, memory).status == ReadResult::Ok);
+}
+
 /// Where the kernel refuses io_uring, as container engines make it do, Auto reads with pread.
 void falls_back_without_io_uring() {
   const pid_t child = ::fork();
@@ -274,6 +292,7 @@ int main() {
     leaves_nothing_behind(options);
     many_threads(options);
     chains(options);
+    forks(options);
     options.direct = false;
     reads_what_is_there(options, std::filesystem::temp_directory_path());
     many_threads(options);

@@ -136,6 +136,72 @@ class CollectingReader {
   FileReader reader_;  // last: its threads use the rest
 };
 
+/// Reads a file from its beginning to its end in requests of `block` bytes, one per buffer under way; each
+/// next one is submitted by the report of the one before, as the store does. Seconds from the first
+/// submission to the last report.
+double stream(const std::string& path, const FileReader::Options& options, uint64_t block,
+              const std::vector<Writable>& buffers, const std::vector<uint32_t>& checksums) {
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::string error;
+  std::size_t idle = 0;  // buffers with nothing more to read
+  std::atomic<uint64_t> next{0};
+  FileReader* reader = nullptr;
+  uint64_t size = 0;
+  const auto submit = [&](uint64_t buffer) {
+    const uint64_t at = next.fetch_add(block);
+    if (at >= size) return false;
+    std::optional<uint32_t> crc;
+    if (!checksums.empty()) crc = checksums.at(at / block);
+    const Segment segment{0, at, std::min(block, size - at), 0};
+    auto* const destination = static_cast<std::byte*>(buffers[buffer].data());
+    reader->submit({buffer, {segment}, destination, buffers[buffer].nbytes(), crc});
+    return true;
+  };
+  FileReader made({path}, options, [&](ReadResult&& result) {
+    if (result.status == ReadResult::Ok && submit(result.id)) return;
+    const std::lock_guard lock(mutex);
+    if (result.status != ReadResult::Ok) error = result.error;
+    ++idle;
+    changed.notify_all();
+  });
+  reader = &made;
+  size = made.size(0);
+  const uint64_t blocks = (size + block - 1) / block;
+  if (!checksums.empty() && checksums.size() != blocks) {
+    throw StoreFailure(StoreFailure::Kind::Config, std::to_string(checksums.size()) +
+                                                       " checksums were given for " + std::to_string(blocks) +
+                                                       " blocks: give one for each");
+  }
+  const auto start = std::chrono::steady_clock::now();
+  std::size_t never = 0;
+  for (std::size_t buffer = 0; buffer < buffers.size(); ++buffer) never += !submit(buffer);
+  std::unique_lock lock(mutex);
+  changed.wait(lock, [&] { return idle + never == buffers.size(); });
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  if (!error.empty()) throw StoreFailure(StoreFailure::Kind::Io, error);
+  return seconds.count();
+}
+
+double time_reading(const std::string& path, uint64_t block, const std::vector<Writable>& buffers,
+                    const std::vector<uint32_t>& checksums, const std::string& backend, int depth,
+                    int threads, uint64_t chunk) {
+  FileReader::Options options;
+  options.backend = backend_of(backend);
+  options.depth = depth;
+  options.threads = threads;
+  options.chunk = chunk;
+  for (const Writable& buffer : buffers) {
+    if (block == 0 || buffer.nbytes() < block) {
+      throw StoreFailure(StoreFailure::Kind::Config,
+                         "a buffer of " + std::to_string(buffer.nbytes()) + " bytes cannot take blocks of " +
+                             std::to_string(block) + ": give buffers of a block each");
+    }
+  }
+  const nb::gil_scoped_release free;
+  return stream(path, options, block, buffers, checksums);
+}
+
 const char* status_name(const ReadResult& result) {
   switch (result.status) {
     case ReadResult::Ok:
@@ -173,6 +239,12 @@ void bind_file(nb::module_& m) {
   m.def("crc32c", &checksum, "buffer"_a.noconvert(), "seed"_a = 0,
         "CRC-32C of a contiguous buffer; seed: the checksum of the bytes before it.");
   m.def("crc32c_backend", &crc32c_backend, "sse4.2 or tables.");
+
+  m.def(
+      "time_reading", &time_reading, "path"_a, "block"_a, "buffers"_a.noconvert(),
+      "checksums"_a = std::vector<uint32_t>{}, "backend"_a = "auto", "depth"_a = 32, "threads"_a = 4,
+      "chunk"_a = uint64_t{1} << 20,
+      "Seconds to read a whole file in requests of `block` bytes, one under way per buffer, without Python.");
 
   nb::class_<ReadResult>(m, "ReadResult", "How one read request ended.")
       .def_ro("id", &ReadResult::id)

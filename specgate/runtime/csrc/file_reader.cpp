@@ -1,5 +1,7 @@
 #include "file_reader.h"
 
+#include <unistd.h>
+
 #include <system_error>
 
 #include "pread_pool.h"
@@ -26,7 +28,7 @@ void check(const FileReader::Options& options) {
 
 }  // namespace
 
-FileReader::FileReader(std::vector<std::string> paths, Options options, Done done) {
+FileReader::FileReader(std::vector<std::string> paths, Options options, Done done) : process_(::getpid()) {
   check(options);
   queue_ = std::make_unique<ReadQueue>(paths, options, std::move(done));
   try {
@@ -44,7 +46,12 @@ FileReader::FileReader(std::vector<std::string> paths, Options options, Done don
   }
 }
 
-FileReader::~FileReader() { close(); }
+FileReader::~FileReader() {
+  close();
+  if (process_ == ::getpid()) return;
+  static_cast<void>(engine_.release());
+  static_cast<void>(queue_.release());
+}
 
 void FileReader::submit(ReadRequest request) {
   queue_->submit(std::move(request));
@@ -58,6 +65,7 @@ bool FileReader::cancel(uint64_t id) {
 }
 
 void FileReader::close() {
+  if (process_ != ::getpid()) return;  // there is nobody to wait for
   std::call_once(closed_, [this] {
     queue_->close();
     engine_->wake();

@@ -85,7 +85,7 @@ class FileReader {
   /// Opens all files. Throws StoreFailure(Io) if one is missing or no regular file, StoreFailure(Config) for
   /// options that make no sense or Uring where the kernel refuses it.
   FileReader(std::vector<std::string> paths, Options options, Done done);
-  /// close().
+  /// close(). In a child made by fork, which has none of the threads, everything is left as it is.
   ~FileReader();
   FileReader(const FileReader&) = delete;
   FileReader& operator=(const FileReader&) = delete;
@@ -93,9 +93,9 @@ class FileReader {
   /// Queues a request, first in, first out; from any thread; waits for no read. Throws StoreFailure(Config)
   /// for a request that no file could satisfy (nothing is queued then), StoreFailure(Closed) after close().
   void submit(ReadRequest request);
-  /// True if the request will be reported (or has just been reported) as Cancelled: its reads that have not
-  /// begun never will, those under way are waited for. False if it is unknown, reported or already decided
-  /// otherwise.
+  /// True if the request will be reported as Cancelled (which may happen before this returns): its reads that
+  /// have not begun never will, those under way are waited for. False if it is unknown, reported or already
+  /// decided otherwise.
   bool cancel(uint64_t id);
   /// Cancels everything, waits for all reports, joins the threads and closes the files. From any thread but a
   /// reader's; again does nothing.
@@ -112,6 +112,7 @@ class FileReader {
   std::unique_ptr<ReadQueue> queue_;
   std::unique_ptr<ReadEngine> engine_;
   std::once_flag closed_;
+  const int process_;
 };
 
 }  // namespace specgate

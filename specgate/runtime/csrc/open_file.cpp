@@ -1,7 +1,9 @@
 #include "open_file.h"
 
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <bit>
@@ -35,6 +37,14 @@ int open_retrying(const char* path, int flags) {
 void clear_flag(int descriptor, int flag) {
   const int flags = ::fcntl(descriptor, F_GETFL);
   if (flags >= 0) ::fcntl(descriptor, F_SETFL, flags & ~flag);
+}
+
+/// File systems that lie in memory take O_DIRECT and copy all the same, where the read is made.
+bool in_memory(int descriptor) {
+  struct statfs info{};
+  if (::fstatfs(descriptor, &info) != 0) return false;
+  const auto type = static_cast<uint64_t>(info.f_type);
+  return type == TMPFS_MAGIC || type == RAMFS_MAGIC || type == HUGETLBFS_MAGIC;
 }
 
 /// Alignment of memory for direct reads as statx tells (Linux 6.1), 0 if direct reads are refused, 4096 if
@@ -78,7 +88,7 @@ OpenFile::OpenFile(std::string path, bool direct) : path_(std::move(path)) {
   modified_ns_ = info.st_mtim.tv_nsec;
   direct_ = direct && !refused;
   if (direct_) {
-    const uint32_t alignment = direct_alignment(descriptor_);
+    const uint32_t alignment = in_memory(descriptor_) ? 0 : direct_alignment(descriptor_);
     if (alignment != 0)
       memory_alignment_ = alignment;
     else
