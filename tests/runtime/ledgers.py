@@ -138,7 +138,7 @@ def any_twins(random: Random) -> Twins:
         random.choice(POLICIES),
         random.choice(POLICIES),
         max_pending=random.choice([0, 1, 3, 1024]),
-        max_reads=random.randint(1, 4),
+        max_reads=random.choice([1, 1, 2, 4]),
         prefetch_copy_bytes=random.randint(0, 30),
         prefetch_read_bytes=random.randint(0, 30),
         half_life=random.choice([0.5, 3.0, 64.0]),

@@ -72,6 +72,30 @@ def test_a_demand_read_does_not_hold_up_prefetch_copies(make: Make) -> None:
     assert [(job.kind, job.block) for job in start(ledger)] == [("READ", 1), ("COPY", 0)]
 
 
+def test_a_demand_that_waits_to_be_read_does_not_hold_up_prefetch_copies(make: Make) -> None:
+    ledger = one_class(make, slots=3, max_reads=1)
+    ledger.prefetch(0, 0.5, 9, "host")
+    run(ledger)
+    ledger.prefetch(2, 0.5, 9, "host")
+    ledger.next_job()
+    ledger.demand([1])
+    assert ledger.next_job() is None, "reads are limited to one"
+    ledger.prefetch(0, 0.5, 9)
+    assert [(job.kind, job.block) for job in start(ledger)] == [("COPY", 0)]
+
+
+def test_a_demand_that_waits_for_a_slot_does_not_hold_up_prefetch_reads(make: Make) -> None:
+    ledger = one_class(make, slots=1)
+    ledger.prefetch(0, 0.5, 9)
+    ledger.complete(ledger.next_job().id, "OK")
+    ledger.next_job()  # the copy of 0 has the slot
+    ledger.demand([1])
+    ledger.complete(ledger.next_job().id, "OK")
+    assert ledger.next_job() is None
+    ledger.prefetch(2, 0.5, 9)
+    assert [(job.kind, job.block) for job in start(ledger)] == [("READ", 2)]
+
+
 def test_no_prefetch_copy_while_a_demand_finds_no_slot(make: Make) -> None:
     ledger = make([0, 0, 1], [10, 10], [1, 1], [2, 1])
     ledger.prefetch(2, 0.5, 9, "host")
@@ -260,6 +284,16 @@ def test_a_block_in_use_fails_for_its_prefetch_too(make: Make) -> None:
     assert ledger.prefetch(0, 0.5, 9) == "queued"
     ledger.complete(ledger.next_job().id, "FAILED")
     assert ledger.take_failed() == [0]
+
+
+def test_a_demand_given_up_fails_too(make: Make) -> None:
+    ledger = one_class(make)
+    ledger.demand([0])
+    job = ledger.next_job()
+    ledger.release([0])
+    ledger.complete(job.id, "FAILED")
+    assert ledger.take_failed() == [0]
+    assert ledger.state(0) == ("ABSENT", -1, 0, "ABSENT", -1, 0, None)
 
 
 def test_only_jobs_in_flight_can_end(make: Make) -> None:

@@ -55,8 +55,9 @@ def test_lfu_counts_uses_of_absent_blocks(make: Make) -> None:
     assert on_device(ledger, 6) == {0, 2}
     load(ledger, 1)  # 2 was used once, 1 three times
     assert on_device(ledger, 6) == {0, 1}
-    load(ledger, 3)  # equal counts: 0 was used before 1
-    assert on_device(ledger, 6) == {1, 3}
+    load(ledger, 1, 0)  # four times each, 0 after 1
+    load(ledger, 3)
+    assert on_device(ledger, 6) == {0, 3}
 
 
 @for_each
@@ -84,10 +85,24 @@ def test_lfru_gives_up_first_what_was_never_used(make: Make) -> None:
 
 
 @for_each
+@pytest.mark.parametrize("policy", ["lfu", "lfru", "static", "forecast"])
+def test_of_equal_keys_the_oldest_arrival_goes(make: Make, policy: str) -> None:
+    ledger = cache(make, policy)
+    ledger.demand([0, 1])
+    first, second = ledger.next_job(), ledger.next_job()
+    ledger.complete(second.id, "OK")
+    ledger.demand([])
+    ledger.complete(first.id, "OK")
+    ledger.release([0, 1])
+    load(ledger, 2)
+    assert on_device(ledger, 6) == {0, 2}
+
+
+@for_each
 def test_static_goes_by_the_weights_of_now(make: Make) -> None:
     ledger = cache(make, "static")
-    load(ledger, 0, 1, 2)
-    assert on_device(ledger, 6) == {1, 2}, "all 0: the oldest"
+    load(ledger, 1, 0, 2)
+    assert on_device(ledger, 6) == {0, 2}, "all 0: the oldest"
     ledger.set_weights([0.0, 1.0, 3.0, 2.0, 0.0, -1.0])
     load(ledger, 3)
     assert on_device(ledger, 6) == {2, 3}
@@ -97,6 +112,8 @@ def test_static_goes_by_the_weights_of_now(make: Make) -> None:
     ledger.set_weights([0.0, 1.0, -3.0, 2.0, 0.0, -1.0])
     load(ledger, 0)
     assert on_device(ledger, 6) == {4, 0}
+    load(ledger, 1)
+    assert on_device(ledger, 6) == {0, 1}, "equal weights: 4 is the older"
     for weights in ([1.0], [float("nan")] * 6):
         with pytest.raises(ConfigError):
             ledger.set_weights(weights)
@@ -105,7 +122,8 @@ def test_static_goes_by_the_weights_of_now(make: Make) -> None:
 @for_each
 def test_forecast_goes_by_the_last_hint_until_it_is_used(make: Make) -> None:
     ledger = cache(make, "forecast")
-    load(ledger, 0, 1)
+    load(ledger, 3, 0, 1)
+    assert on_device(ledger, 6) == {0, 1}, "all 0: the oldest"
     assert ledger.prefetch(0, 0.3, 9) == "resident"
     load(ledger, 2)
     assert on_device(ledger, 6) == {0, 2}
@@ -142,6 +160,9 @@ def test_belady_gives_up_the_farthest_next_use(make: Make) -> None:
     ledger.prefetch(1, 1.0, 9)
     run(ledger)
     assert on_device(ledger, 6) == {0, 4, 5}, "never is not sooner than never"
+    load(ledger, 1)
+    load(ledger, 2)
+    assert on_device(ledger, 6) == {2, 4, 5}, "the least id, though used last"
 
 
 @for_each
@@ -150,6 +171,14 @@ def test_each_tier_has_its_own_policy(make: Make) -> None:
     ledger.set_weights([9.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     load(ledger, 0, 1, 2)
     assert on_device(ledger, 6) == {1, 2}
+    assert [ledger.state(b)[3] for b in range(3)] == ["PRESENT", "ABSENT", "PRESENT"]
+
+
+@for_each
+def test_a_hit_on_the_device_is_a_use_for_host_memory_too(make: Make) -> None:
+    ledger = make([0] * 6, [10], [2], [2])
+    load(ledger, 0, 1, 0)
+    load(ledger, 2)
     assert [ledger.state(b)[3] for b in range(3)] == ["PRESENT", "ABSENT", "PRESENT"]
 
 
