@@ -17,6 +17,7 @@ from specgate.moe.families import Family, find_family, moe_layers
 
 REFERENCE = Path(__file__).parent / "reference"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CHUNK = 1 << 20
 HASHED_BYTES = 1 << 30  # larger weight files count by name and size only
 
 
@@ -217,5 +218,7 @@ def fingerprint(path: Path) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name} {size};".encode())
         if size <= HASHED_BYTES:
-            digest.update(file.read_bytes())
+            with file.open("rb") as f:
+                while part := f.read(CHUNK):
+                    digest.update(part)
     return f"sha256:{digest.hexdigest()[:16]}"

@@ -28,7 +28,7 @@ from specgate.moe.families import moe_layers
 from specgate.moe.hosts import fingerprint, quiet_imports, resolve_device
 from specgate.moe.offload_experts import ExpertRunner, Store
 from specgate.moe.offload_forecast import Forecaster, Foresees, check_predictor, stack_of, window_bytes
-from specgate.moe.offload_load import Blueprint, checkpoint_folder, draw, load_dense
+from specgate.moe.offload_load import BUILDING, Blueprint, checkpoint_folder, draw, load_dense
 from specgate.moe.offload_plan import GB, OffloadPlan, dense_bytes, make_plan
 from specgate.moe.offload_verify import CheckpointExperts, verify_model
 from specgate.predictors.base import Predictor
@@ -108,7 +108,8 @@ class Offload:
             model: Any = load_dense(self._blueprint, self._device)
             layers = moe_layers(model)
             folder = checkpoint_folder(self._blueprint)
-            source = self._source or ExpertSource.open(folder, self._blueprint.dtype)
+            with BUILDING:
+                source = self._source or ExpertSource.open(folder, self._blueprint.dtype)
             store = self._open_store(source)
             stack.callback(store.close)
             state = Offloaded(self.plan, store)

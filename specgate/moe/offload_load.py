@@ -2,14 +2,14 @@
 
 The model's class is subclassed for the time of loading: its ``__init__`` (which transformers runs on the meta
 device) turns every experts module into one without tensors, so that ``from_pretrained`` knows of no expert
-tensor and reads none. Afterwards the model is of its own class again. Nothing of transformers is patched, so
-other models may be loaded at the same time, in this thread or another.
+tensor and reads none. Afterwards the model is of its own class again. Nothing of transformers is patched.
 """
 
 from __future__ import annotations
 
 import copy
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ from specgate.moe.families import Family, MoELayer, find_family, moe_layers
 from specgate.moe.hosts import DTYPES, readable_errors, resolve_model
 from specgate.moe.offload_experts import empty_experts
 from specgate.moe.offload_kernels import IMPLEMENTATIONS
+
+#: Held while transformers builds a model: it patches itself meanwhile, for all threads.
+BUILDING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def draw(
         config._experts_implementation = experts_implementation
     chosen = _dtype(dtype, config)
     bare = _without_experts(_class_of(config, family), family)
-    with torch.device("meta"), readable_errors(name_or_path):
+    with BUILDING, torch.device("meta"), readable_errors(name_or_path):
         model: nn.Module = bare._from_config(copy.deepcopy(config), dtype=chosen)
     layers = moe_layers(model)
     experts: Any = layers[0].experts
@@ -118,7 +121,7 @@ def load_dense(blueprint: Blueprint, device: torch.device) -> nn.Module:
         kwargs["revision"] = blueprint.revision
     if device.type != "cpu":
         kwargs["device_map"] = {"": device}
-    with readable_errors(blueprint.name):
+    with BUILDING, readable_errors(blueprint.name):
         model, info = bare.from_pretrained(
             blueprint.path, config=copy.deepcopy(blueprint.config), output_loading_info=True, **kwargs
         )
@@ -129,6 +132,8 @@ def load_dense(blueprint: Blueprint, device: torch.device) -> nn.Module:
         )
     model.__class__ = base
     loaded: nn.Module = model.eval()
+    if device.type == "cpu":
+        _unmap(loaded)
     return loaded
 
 
@@ -138,6 +143,21 @@ def checkpoint_folder(blueprint: Blueprint) -> Path:
         return blueprint.path
     found = cached_file(blueprint.path, "config.json", revision=blueprint.revision)
     return Path(found).parent
+
+
+def _unmap(model: nn.Module) -> None:
+    """Copies weights that transformers left in the mapped file: were it truncated, reading them would end the
+    process.
+
+    A copy begins at the same place of a cache line, on which the last bit of a matrix-vector product depends.
+    """
+    line = 64
+    for parameter in model.parameters():
+        size = parameter.numel() * parameter.element_size()
+        room = torch.empty(size + 2 * line, dtype=torch.uint8)
+        start = (parameter.data_ptr() - room.data_ptr()) % line
+        copy_of = room[start : start + size].view(parameter.dtype).view(parameter.shape)
+        parameter.data = copy_of.copy_(parameter.data)
 
 
 def _class_of(config: Any, family: Family) -> Any:

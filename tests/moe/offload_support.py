@@ -19,7 +19,7 @@ STORES = ["simple", *(["native"] if native.available() else [])]
 IMPLEMENTATIONS = [
     (family, implementation)
     for family in FAMILIES
-    for implementation in ([None] if family == SWITCH else [None, "eager", "batched_mm", "grouped_mm"])
+    for implementation in ([None] if family == SWITCH else ["eager", "batched_mm", "grouped_mm"])
 ]
 CONTEXT = 64  # tokens that budgets are planned for
 _FOLDERS: dict[str, Path] = {}

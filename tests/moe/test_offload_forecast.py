@@ -16,7 +16,7 @@ from torch import Tensor
 
 import specgate
 from specgate.errors import CheckpointError, ConfigError
-from specgate.moe.families import FAMILIES, moe_layers
+from specgate.moe.families import moe_layers
 from specgate.moe.recorder import Recorder, Routing, join
 from specgate.predictors.base import Predictor
 from specgate.traces.batch import RoutingBatch
@@ -276,8 +276,8 @@ def test_a_wrong_forecast_changes_no_value(kind: str, tmp_path_factory: pytest.T
         assert (stats["ignored"] > 0) == (kind == "no number")
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_every_family_with_a_learned_predictor(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v2", "gpt_oss"])
+def test_families_with_a_learned_predictor(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     from specgate.predictors.mlp import MLP
 
     folder = saved(family, tmp_path_factory)
