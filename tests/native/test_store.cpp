@@ -253,7 +253,7 @@ void soak(double seconds) {
     config.timeline = 4096;
     Store store(std::move(config));
     std::atomic<bool> stop{false};
-    std::atomic<int64_t> acquired{0}, wrong{0};
+    std::atomic<int64_t> acquired{0}, wrong{0}, now{0};
     std::vector<std::thread> threads;
     for (int t = 0; t < 3; ++t) {
       threads.emplace_back([&, t] {
@@ -265,7 +265,7 @@ void soak(double seconds) {
             if (std::find(blocks.begin(), blocks.end(), b) == blocks.end()) blocks.push_back(b);
           }
           for (int i = 0; i < 3; ++i) {
-            store.prefetch(random() % 64, (random() % 100) / 100.0, 1 << 30, random() % 3 ? Target::Device : Target::Host);
+            store.prefetch(static_cast<uint32_t>(random() % 64), (random() % 100) / 100.0, now + static_cast<int64_t>(random() % 4), random() % 3 ? Target::Device : Target::Host);
           }
           const auto slots = acquire(store, blocks);
           for (size_t i = 0; i < blocks.size(); ++i) wrong += !fixture.right(store, blocks[i], slots[i]);
@@ -278,9 +278,8 @@ void soak(double seconds) {
     const auto passed = [&] {
       return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     };
-    int64_t now = 0;
     while (passed() < seconds) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
       store.advance(++now);
       store.check();
       if (early == 0 && passed() > seconds / 4) early = resident_kib();
@@ -292,6 +291,7 @@ void soak(double seconds) {
     store.check();
     const Counters counters = store.counters();
     CHECK(wrong == 0);
+    CHECK(counters.stale > 0);
     CHECK(counters.hit + counters.late + counters.host_hit + counters.miss == acquired);
 #ifndef __SANITIZE_ADDRESS__      // which keeps freed memory for a while
     CHECK(late < early + 8192);  // KiB: memory does not drift

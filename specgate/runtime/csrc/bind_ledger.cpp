@@ -79,6 +79,7 @@ nb::dict counters_dict(const Counters& c) {
   out["copied_bytes_prefetch"] = c.copied_bytes[1];
   out["read_bytes_demand"] = c.read_bytes[0];
   out["read_bytes_prefetch"] = c.read_bytes[1];
+  out["wasted_read_bytes"] = c.wasted_read_bytes;
   return out;
 }
 

@@ -58,9 +58,14 @@ Ledger::Ledger(std::vector<uint32_t> block_class, std::vector<int64_t> block_byt
       policy_(policy_kind(policy), block_class_, static_cast<uint32_t>(block_bytes_.size()), options.half_life),
       host_policy_(policy_kind(host_policy), block_class_, static_cast<uint32_t>(block_bytes_.size()),
                    options.half_life),
-      pinned_(block_bytes_.size(), 0) {
+      pinned_(block_bytes_.size(), 0),
+      waiting_(block_bytes_.size(), 0) {
   if (options_.max_reads < 1) refuse("max_reads=" + std::to_string(options_.max_reads) + " must be 1 or more");
   if (options_.max_pending < 0) refuse("max_pending=" + std::to_string(options_.max_pending) + " must not be negative");
+  if (options_.prefetch_copy_bytes < 0 || options_.prefetch_read_bytes < 0) {
+    refuse("prefetch_copy_bytes=" + std::to_string(options_.prefetch_copy_bytes) + " and prefetch_read_bytes=" +
+           std::to_string(options_.prefetch_read_bytes) + " must not be negative");
+  }
   blocks_.resize(block_class_.size());
   std::vector<int64_t> peers(block_bytes_.size(), 0);
   for (size_t b = 0; b < blocks_.size(); ++b) {
@@ -75,15 +80,17 @@ Ledger::Ledger(std::vector<uint32_t> block_class, std::vector<int64_t> block_byt
   }
 }
 
+void Ledger::check_id(uint32_t b) const {
+  if (b >= blocks_.size()) {
+    refuse("expert block " + std::to_string(b) + " does not exist: there are " + std::to_string(blocks_.size()));
+  }
+}
+
 void Ledger::check_ids(const std::vector<uint32_t>& blocks) const {
   const auto twice = [](uint32_t b) {
     refuse("expert block " + std::to_string(b) + " is named twice: name each once");
   };
-  for (const uint32_t b : blocks) {
-    if (b >= blocks_.size()) {
-      refuse("expert block " + std::to_string(b) + " does not exist: there are " + std::to_string(blocks_.size()));
-    }
-  }
+  for (const uint32_t b : blocks) check_id(b);
   if (blocks.size() <= kFew) {  // no allocation on the way of a decoded token
     for (size_t i = 0; i < blocks.size(); ++i) {
       for (size_t j = 0; j < i; ++j) {
@@ -125,14 +132,17 @@ void Ledger::drop_want(uint32_t b) {
 }
 
 void Ledger::settle(uint32_t b) {
-  const Block& block = blocks_[b];
+  Block& block = blocks_[b];
+  const bool demanded = block.want && block.want->level == Level::Demand;
+  const bool waits = demanded && block.device == Place::Absent;
+  waiting_[block.shape_class] += static_cast<int64_t>(waits) - static_cast<int64_t>(block.waits);
+  block.waits = waits;
   if (block.device == Place::Present && block.pins == 0) {
     policy_.join(b);
   } else {
     policy_.leave(b);
   }
   if (options_.resident_host) return;
-  const bool demanded = block.want && block.want->level == Level::Demand;
   if (block.host == Place::Present && block.host_pins == 0 && !demanded) {
     host_policy_.join(b);
   } else {
@@ -144,15 +154,14 @@ void Ledger::set_demand(uint32_t b) {
   Block& block = blocks_[b];
   if (block.want && block.want->level == Level::Demand) return;
   const bool flying = block.job >= 0;
-  if (block.want) {
-    ++counters_.promoted;
-    if (!flying) unqueue(b);
-    if (flying) {  // its bytes count as demand from now on
-      Job& job = jobs_.at(block.job);
-      count_job(job, -1);
-      job.level = Level::Demand;
-      count_job(job, 1);
-    }
+  if (block.want) ++counters_.promoted;
+  if (block.want && !flying) unqueue(b);
+  if (flying) {  // its bytes count as demand from now on
+    Job& job = jobs_.at(block.job);
+    count_job(job, -1);
+    job.level = Level::Demand;
+    count_job(job, 1);
+    if (job.kind == JobKind::Read) block.host_origin = Level::Demand;
   }
   const int64_t deadline = block.want ? block.want->deadline : now_;
   const double p = block.want ? block.want->p : 1.0;
@@ -182,6 +191,7 @@ void Ledger::demand(const std::vector<uint32_t>& blocks) {
     settle(b);
     policy_.use(b, tick_);
     host_policy_.use(b, tick_);
+    block.host_used |= block.host != Place::Absent;
     const bool foreseen = block.device != Place::Absent && block.origin == Level::Prefetch && !block.used;
     if (foreseen) counters_.useful_bytes += bytes;
     if (block.device == Place::Present) {
@@ -209,19 +219,25 @@ void Ledger::release(const std::vector<uint32_t>& blocks) {
     if (blocks_[b].pins == 0) refuse("expert block " + std::to_string(b) + " is released and was not acquired");
   }
   for (const uint32_t b : blocks) {
-    if (--blocks_[b].pins == 0) {
-      --pinned_[blocks_[b].shape_class];
-      settle(b);
-    }
+    Block& block = blocks_[b];
+    if (--block.pins > 0) continue;
+    --pinned_[block.shape_class];
+    if (block.want && block.want->level == Level::Demand && block.job < 0) drop_want(b);  // nobody waits any more
+    settle(b);
   }
 }
 
 Asked Ledger::prefetch(uint32_t b, double p, int64_t deadline, Target target) {
-  check_ids({b});
+  check_id(b);
   if (!(p >= 0 && p <= 1)) refuse("a forecast of p=" + std::to_string(p) + " is no probability: give 0 to 1");
-  policy_.hint(b, p);
-  host_policy_.hint(b, p);
+  if (deadline < now_) {
+    ++counters_.stale;
+    return Asked::Stale;
+  }
   Block& block = blocks_[b];
+  if (target == Target::Host && host_slots_[block.shape_class] == 0 && !options_.resident_host) return Asked::Refused;
+  policy_.hint(b, p, deadline);
+  host_policy_.hint(b, p, deadline);
   if (block.device == Place::Present || (target == Target::Host && block.host == Place::Present)) {
     return Asked::Resident;
   }
@@ -234,10 +250,6 @@ Asked Ledger::prefetch(uint32_t b, double p, int64_t deadline, Target target) {
     if (block.job < 0) queue(b);
     ++counters_.merged;
     return Asked::Merged;
-  }
-  if (deadline < now_) {
-    ++counters_.stale;
-    return Asked::Stale;
   }
   if (static_cast<int64_t>(weakest_.size()) >= options_.max_pending) {
     ++counters_.overflow;
@@ -254,6 +266,8 @@ std::vector<int64_t> Ledger::advance(int64_t now) {
     refuse("the clock went back from " + std::to_string(now_) + " to " + std::to_string(now) + ": it only grows");
   }
   now_ = now;
+  policy_.lapse(now);
+  host_policy_.lapse(now);
   while (!prefetches_.empty() && std::get<0>(*prefetches_.begin()) < now) {
     drop_want(std::get<3>(*prefetches_.begin()));
     ++counters_.stale;
@@ -273,10 +287,13 @@ std::vector<int64_t> Ledger::advance(int64_t now) {
 }
 
 bool Ledger::ready(const std::vector<uint32_t>& blocks, bool issued) const {
-  return std::all_of(blocks.begin(), blocks.end(), [&](uint32_t b) {
-    const Place place = blocks_.at(b).device;
-    return place == Place::Present || (issued && place == Place::Loading);
-  });
+  bool all = true;
+  for (const uint32_t b : blocks) {
+    check_id(b);
+    const Place place = blocks_[b].device;
+    all &= place == Place::Present || (issued && place == Place::Loading);
+  }
+  return all;
 }
 
 std::vector<uint32_t> Ledger::take_failed() {

@@ -50,6 +50,11 @@ struct Block {
   int64_t pins = 0, host_pins = 0;
   Level origin = Level::Demand;  ///< of the device's content
   bool used = false;             ///< since it came
+  double p = 1.0;                ///< of the want that brought it
+  int64_t deadline = 0;          ///< of the same
+  Level host_origin = Level::Demand;
+  bool host_used = false;
+  bool waits = false;  ///< a demand without a slot
   bool failed = false;
   int64_t job = -1;  ///< in flight
   std::optional<Want> want;
@@ -61,6 +66,7 @@ struct Counters {
   int64_t evictions = 0, host_evictions = 0;
   int64_t useful_bytes = 0, wasted_bytes = 0, late_bytes = 0;
   int64_t copied_bytes[2] = {0, 0}, read_bytes[2] = {0, 0};
+  int64_t wasted_read_bytes = 0;
 };
 
 /// How much may be under way.
@@ -110,26 +116,28 @@ class Ledger {
 
  private:
   struct Passed {
-    bool read = false, copy = false;
+    bool read = false, copy = false;  ///< a demand, or a forecast turned down by a limit, waits for this way
   };
   using Order = std::tuple<int64_t, double, int64_t, uint32_t>;   // deadline, -p, seq, block
   using Weakest = std::tuple<double, int64_t, int64_t, uint32_t>;  // p, -deadline, -seq, block
 
+  void check_id(uint32_t b) const;
   void check_ids(const std::vector<uint32_t>& blocks) const;
   void queue(uint32_t b);    // its want has no job
   void unqueue(uint32_t b);
   void drop_want(uint32_t b);
   void set_demand(uint32_t b);
-  void settle(uint32_t b);   // evictable or not, on both tiers
+  void settle(uint32_t b);   // evictable or not, on both tiers; waiting or not
   JobKind step(const Block& block) const;
-  bool allowed(JobKind kind, Level level, int64_t bytes, const Passed& passed) const;
+  bool within_limits(JobKind kind, Level level, int64_t bytes) const;
+  bool spare_slot(uint32_t shape_class) const;
   std::optional<Job> start(uint32_t b, JobKind kind);
   int64_t take_slot(uint32_t b, Level level);
   int64_t take_slab(uint32_t b, Level level);
   void evict_device(uint32_t b);
   void evict_host(uint32_t b);
   void count_job(const Job& job, int64_t sign);
-  void land(const Job& job, JobStatus status);
+  void land_copy(const Job& job, JobStatus status);
   void land_read(const Job& job, JobStatus status);
   void fail(uint32_t b);
 
@@ -139,7 +147,8 @@ class Ledger {
   std::vector<uint32_t> block_class_;
   Policy policy_, host_policy_;
   std::vector<std::set<int64_t>> free_slots_, free_slabs_;
-  std::vector<int64_t> pinned_;  // blocks with pins, per class
+  std::vector<int64_t> pinned_;   // blocks with pins, per class
+  std::vector<int64_t> waiting_;  // blocks with a demand and not on the device, per class
   std::set<std::pair<int64_t, uint32_t>> demands_;
   std::set<Order> prefetches_;
   std::set<Weakest> weakest_;

@@ -15,33 +15,41 @@ JobKind Ledger::step(const Block& block) const {
   return host_slots_[block.shape_class] == 0 ? JobKind::Direct : JobKind::Read;
 }
 
-bool Ledger::allowed(JobKind kind, Level level, int64_t bytes, const Passed& passed) const {
-  if (kind != JobKind::Copy && reads_[kDemand] + reads_[kPrefetch] >= options_.max_reads) return false;
-  if (level == Level::Demand) return true;
-  if (kind == JobKind::Copy) {
-    if (copies_[kDemand] > 0 || passed.copy) return false;
-    return copies_[kPrefetch] == 0 || copy_flight_[kPrefetch] + bytes <= options_.prefetch_copy_bytes;
-  }
-  if (reads_[kDemand] > 0 || passed.read) return false;
-  return reads_[kPrefetch] == 0 || read_flight_[kPrefetch] + bytes <= options_.prefetch_read_bytes;
+bool Ledger::within_limits(JobKind kind, Level level, int64_t bytes) const {
+  const bool copy = kind == JobKind::Copy;
+  if (!copy && reads_[kDemand] + reads_[kPrefetch] >= options_.max_reads) return false;
+  if (level == Level::Demand || (copy ? copies_ : reads_)[kPrefetch] == 0) return true;  // one is always allowed
+  return copy ? copy_flight_[kPrefetch] + bytes <= options_.prefetch_copy_bytes
+              : read_flight_[kPrefetch] + bytes <= options_.prefetch_read_bytes;
+}
+
+/// Whether a slot is left over for a forecast when each waiting demand has got one.
+bool Ledger::spare_slot(uint32_t c) const {
+  return static_cast<int64_t>(free_slots_[c].size()) + policy_.evictable_count(c) > waiting_[c];
 }
 
 std::optional<Job> Ledger::next_job() {
-  Passed passed;
+  Passed closed;
   for (const auto& [seq, b] : demands_) {
     const JobKind kind = step(blocks_[b]);
-    if (auto job = start(b, kind)) return job;
-    (kind == JobKind::Copy ? passed.copy : passed.read) = true;
+    if (within_limits(kind, Level::Demand, bytes(b))) {
+      if (auto job = start(b, kind)) return job;
+    }
+    (kind == JobKind::Copy ? closed.copy : closed.read) = true;
   }
-  // Nothing speculative can start where a demand is under way: spare the walk through the queue.
-  const bool no_copy = passed.copy || copies_[kDemand] > 0;
-  const bool no_read = passed.read || reads_[kDemand] > 0 || reads_[kDemand] + reads_[kPrefetch] >= options_.max_reads;
-  if (no_copy && no_read) return std::nullopt;
+  closed.copy |= copies_[kDemand] > 0;
+  closed.read |= reads_[kDemand] > 0;
   for (const auto& entry : prefetches_) {
+    if (closed.copy && closed.read) return std::nullopt;
     const uint32_t b = std::get<3>(entry);
     const JobKind kind = step(blocks_[b]);
-    if (!allowed(kind, Level::Prefetch, bytes(b), passed)) continue;
-    if (auto job = start(b, kind)) return job;
+    bool& way = kind == JobKind::Copy ? closed.copy : closed.read;
+    if (way) continue;
+    if (!within_limits(kind, Level::Prefetch, bytes(b))) {
+      way = true;  // later ones do not pass it
+    } else if (kind == JobKind::Read || spare_slot(blocks_[b].shape_class)) {
+      if (auto job = start(b, kind)) return job;
+    }
   }
   return std::nullopt;
 }
@@ -49,7 +57,6 @@ std::optional<Job> Ledger::next_job() {
 std::optional<Job> Ledger::start(uint32_t b, JobKind kind) {
   Block& block = blocks_[b];
   const Level level = block.want->level;
-  if (level == Level::Demand && !allowed(kind, level, bytes(b), {})) return std::nullopt;
   Job job{-1, kind, b, -1, -1, level};
   if (kind == JobKind::Read) {
     job.slab = take_slab(b, level);
@@ -65,11 +72,16 @@ std::optional<Job> Ledger::start(uint32_t b, JobKind kind) {
   if (kind == JobKind::Read) {
     block.host = Place::Loading;
     block.slab = job.slab;
+    block.host_origin = level;
+    block.host_used = false;
   } else {
     block.device = Place::Loading;
     block.slot = job.slot;
     block.origin = level;
     block.used = level == Level::Demand;
+    block.p = block.want->p;
+    block.deadline = block.want->deadline;
+    block.host_used |= kind == JobKind::Copy;
     if (kind == JobKind::Copy && !options_.resident_host) ++block.host_pins;
   }
   if (kind != JobKind::Read) counters_.copied_bytes[static_cast<int>(level)] += bytes(b);
@@ -92,7 +104,13 @@ int64_t Ledger::take_slot(uint32_t b, Level level) {
   if (free_slots_[c].empty()) {
     const int64_t victim = policy_.victim(c);
     if (victim < 0) return -1;
-    if (level == Level::Prefetch && !policy_.admits(b, static_cast<uint32_t>(victim))) return -1;
+    const Block& least = blocks_[static_cast<size_t>(victim)];
+    if (level == Level::Prefetch) {
+      // not in the place of what was foreseen at least as surely and is still to come
+      const bool foreseen = least.origin == Level::Prefetch && !least.used && least.deadline >= now_;
+      if (foreseen && least.p >= blocks_[b].want->p) return -1;
+      if (!policy_.admits(b, static_cast<uint32_t>(victim))) return -1;
+    }
     evict_device(static_cast<uint32_t>(victim));
   }
   const int64_t slot = *free_slots_[c].begin();
@@ -105,7 +123,10 @@ int64_t Ledger::take_slab(uint32_t b, Level level) {
   if (free_slabs_[c].empty()) {
     const int64_t victim = host_policy_.victim(c);
     if (victim < 0) return -1;
-    if (level == Level::Prefetch && !host_policy_.admits(b, static_cast<uint32_t>(victim))) return -1;
+    if (level == Level::Prefetch) {
+      if (blocks_[static_cast<size_t>(victim)].want) return -1;  // or two forecasts would read each other out for ever
+      if (!host_policy_.admits(b, static_cast<uint32_t>(victim))) return -1;
+    }
     evict_host(static_cast<uint32_t>(victim));
   }
   const int64_t slab = *free_slabs_[c].begin();
@@ -126,6 +147,7 @@ void Ledger::evict_device(uint32_t b) {
 void Ledger::evict_host(uint32_t b) {
   Block& block = blocks_[b];
   ++counters_.host_evictions;
+  if (block.host_origin == Level::Prefetch && !block.host_used) counters_.wasted_read_bytes += bytes(b);
   free_slabs_[block.shape_class].insert(block.slab);
   block.host = Place::Absent;
   block.slab = -1;
@@ -154,13 +176,15 @@ void Ledger::complete(int64_t id, JobStatus status) {
   if (job.kind == JobKind::Read) {
     land_read(job, status);
   } else {
-    land(job, status);
+    land_copy(job, status);
   }
-  if (blocks_[job.block].want) queue(job.block);
+  Block& block = blocks_[job.block];
+  if (block.want && block.want->level == Level::Demand && block.pins == 0) block.want.reset();  // nobody waits
+  if (block.want) queue(job.block);
   settle(job.block);
 }
 
-void Ledger::land(const Job& job, JobStatus status) {
+void Ledger::land_copy(const Job& job, JobStatus status) {
   Block& block = blocks_[job.block];
   if (job.kind == JobKind::Copy && !options_.resident_host) --block.host_pins;
   if (status == JobStatus::Ok) {
@@ -169,9 +193,7 @@ void Ledger::land(const Job& job, JobStatus status) {
     policy_.insert(job.block, tick_);
     return;
   }
-  if (status == JobStatus::Failed && block.origin == Level::Prefetch && !block.used) {
-    counters_.wasted_bytes += bytes(job.block);
-  }
+  if (block.origin == Level::Prefetch && !block.used) counters_.wasted_bytes += bytes(job.block);
   free_slots_[block.shape_class].insert(block.slot);
   block.device = Place::Absent;
   block.slot = -1;
@@ -186,6 +208,7 @@ void Ledger::land_read(const Job& job, JobStatus status) {
     if (block.want && block.want->target == Target::Host) block.want.reset();
     return;
   }
+  if (block.host_origin == Level::Prefetch && !block.host_used) counters_.wasted_read_bytes += bytes(job.block);
   free_slabs_[block.shape_class].insert(block.slab);
   block.host = Place::Absent;
   block.slab = -1;

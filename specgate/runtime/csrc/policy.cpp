@@ -99,8 +99,22 @@ void Policy::use(uint32_t block, int64_t tick) {
   });
 }
 
-void Policy::hint(uint32_t block, double p) {
-  update(block, [&](Entry& entry) { entry.score = entry.hinted = p; });
+void Policy::hint(uint32_t block, double p, int64_t deadline) {
+  if (kind_ != PolicyKind::Forecast) return;
+  hints_.erase({entries_[block].hinted_until, block});
+  hints_.emplace(deadline, block);
+  update(block, [&](Entry& entry) {
+    entry.score = entry.hinted = p;
+    entry.hinted_until = deadline;
+  });
+}
+
+void Policy::lapse(int64_t now) {
+  while (!hints_.empty() && hints_.begin()->first < now) {
+    const uint32_t block = hints_.begin()->second;
+    hints_.erase(hints_.begin());
+    update(block, [](Entry& entry) { entry.score = entry.hinted = 0; });
+  }
 }
 
 void Policy::join(uint32_t block) {

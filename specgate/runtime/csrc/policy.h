@@ -31,8 +31,10 @@ class Policy {
   void insert(uint32_t block, int64_t tick);
   /// The block was asked for (resident or not).
   void use(uint32_t block, int64_t tick);
-  /// The newest forecast says that the block is used with probability p.
-  void hint(uint32_t block, double p);
+  /// The newest forecast says that the block is used with probability p until `deadline`.
+  void hint(uint32_t block, double p, int64_t deadline);
+  /// Forecasts whose deadline is before `now` count no more.
+  void lapse(int64_t now);
   /// The block may be evicted from now on / may not.
   void join(uint32_t block);
   void leave(uint32_t block);
@@ -44,12 +46,17 @@ class Policy {
   void set_weights(const std::vector<double>& weights);
   /// `events[i]`: blocks of the (i + 1)-th event.
   void set_future(const std::vector<std::vector<uint32_t>>& events);
+  /// How many blocks of the class may be evicted.
+  int64_t evictable_count(uint32_t shape_class) const {
+    return static_cast<int64_t>(evictable_[shape_class].size());
+  }
   /// Whether the block is in the evictable set.
   bool evictable(uint32_t block) const { return entries_[block].evictable; }
 
  private:
   struct Entry {
     double last = 0, uses = 0, frequency = 0, since = 0, weight = 0, score = 0, hinted = 0;
+    int64_t hinted_until = 0;
     bool evictable = false;
     std::vector<int64_t> future;  // ticks, ascending
     size_t next = 0;              // first of `future` after the current tick
@@ -69,6 +76,7 @@ class Policy {
   std::vector<std::set<Key>> evictable_;  // per class
   std::set<Key>::node_type spare_;        // of the last that left: spares an allocation
   std::vector<std::vector<uint32_t>> events_;
+  std::set<std::pair<int64_t, uint32_t>> hints_;  // (deadline, block) of forecasts that count
   int64_t tick_ = 0;
 };
 

@@ -176,13 +176,14 @@ void Store::prefetch_all(const std::vector<Foreknown>& foreknown) {
 }
 
 void Store::advance(int64_t now) {
-  std::vector<int64_t> unwanted;
-  {
-    const std::lock_guard lock(mutex_);
-    require_open();
-    unwanted = ledger_->advance(now);
-  }
-  for (const int64_t id : unwanted) reader_->cancel(static_cast<uint64_t>(id));
+  const std::lock_guard lock(mutex_);
+  require_open();
+  advance_clock(now);
+}
+
+void Store::advance_clock(int64_t now) {
+  // under the lock: a read that a demand wants again must not be cancelled
+  for (const int64_t id : ledger_->advance(now)) reader_->cancel(static_cast<uint64_t>(id));
 }
 
 bool Store::drain(int milliseconds) {

@@ -117,7 +117,8 @@ class Store {
   };
 
   void require_open() const;
-  void pump();                                  // mutex_ is held, as for all below
+  void advance_clock(int64_t now);              // mutex_ is held, as for all below
+  void pump();
   void start(const Job& job);
   void start_read(const Job& job);
   void start_copy(const Job& job, const std::byte* from);

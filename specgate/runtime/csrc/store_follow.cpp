@@ -44,16 +44,14 @@ void Store::follow(std::shared_ptr<const ForecastRing> ring, uint32_t first_bloc
       const auto sequence = static_cast<int64_t>(foreseen.sequence);
       foreknown.clear();
       try {
-        std::vector<int64_t> unwanted;
         {
           const std::lock_guard lock(mutex_);
           require_open();
           if (base < 0) base = ledger_->now() + 1 - sequence;  // the clock goes on from where it is
-          unwanted = ledger_->advance(std::max(ledger_->now(), base + sequence));
+          advance_clock(std::max(ledger_->now(), base + sequence));
           ++counters_.followed;
           counters_.lost = static_cast<int64_t>(reader.lost());
         }
-        for (const int64_t id : unwanted) reader_->cancel(static_cast<uint64_t>(id));
         for (const ForecastEntry& entry : foreseen.entries) {
           if (static_cast<uint32_t>(entry.layer) >= layers || static_cast<uint32_t>(entry.expert) >= experts) continue;
           // one launch comes before the first layer of each token: a target beyond it is due one launch later
