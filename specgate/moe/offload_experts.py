@@ -90,7 +90,7 @@ class OffloadedExperts:
                 "use the model inside `with specgate.offload(...) as model`."
             )
         if torch.is_grad_enabled() and (hidden_ND.requires_grad or weights.requires_grad):
-            out: Tensor = _NoGradient.apply(hidden_ND, weights, self, routing)  # type: ignore[no-untyped-call]
+            out: Tensor = _NoGradient.apply(hidden_ND, weights, self, routing)
             return out
         return self.runner.run(self, hidden_ND, routing, weights)
 
@@ -212,12 +212,14 @@ class ExpertRunner:
             if self._resident is not None:
                 return self._run_resident(module, self._resident[module.layer], hidden_ND, routing, weights)
             self.store.advance(self.clock)
-            experts = used_experts(routing, mask=isinstance(module, nn.ModuleDict))
+            experts, flat = used_experts(routing, mask=isinstance(module, nn.ModuleDict))
             if not experts:
                 return torch.zeros_like(hidden_ND)
-            if isinstance(module, nn.ModuleDict) or implementation_of(module) == "eager":
+            kernels = "loop" if isinstance(module, nn.ModuleDict) else implementation_of(module)
+            if kernels in ("loop", "eager"):
                 return self._run_in_order(module, experts, hidden_ND, routing, weights)
-            return self._run_by_index(module, experts, hidden_ND, routing, weights)
+            rows = Rows(module, self._arenas, hidden_ND, routing, weights, flat)
+            return self._run_by_index(module, experts, rows, kernels, routing, weights)
 
     def _observe(self, module: Any, routing: Tensor, weights: Tensor) -> None:
         if self.observer is not None:
@@ -238,7 +240,6 @@ class ExpertRunner:
         if isinstance(module, nn.ModuleDict):
             face: Face = SwitchFace(module, here.views, here.places.__getitem__)
         elif here.in_order:
-            implementation_of(module)
             face = Face(module, here.views)
         elif implementation_of(module) == "eager":
             lookups = {name: Lookup(view, here.places.__getitem__) for name, view in here.views.items()}
@@ -261,16 +262,15 @@ class ExpertRunner:
             return run_original(module, face, hidden_ND, routing, weights)
 
     def _run_by_index(
-        self, module: Any, experts: list[int], hidden_ND: Tensor, index_NK: Tensor, weights_NK: Tensor
+        self, module: Any, experts: list[int], rows: Rows, kernels: str, routing: Tensor, weights: Tensor
     ) -> Tensor:
         """All experts at once by their slots, or in waves."""
-        rows = Rows(module, self._arenas, hidden_ND, index_NK, weights_NK)
         waves = self._waves(experts)
         with _Visits(self.store, module.layer, waves, self.clock) as visits:
-            self._observe(module, index_NK, weights_NK)
+            self._observe(module, routing, weights)
             for wave in waves:
                 slots = [visits.slot(expert) for expert in wave]
-                pages = list(pages_of(wave, slots, self.store.num_slots, implementation_of(module)))
+                pages = list(pages_of(wave, slots, self.store.num_slots, kernels))
                 if len(waves) == len(pages) == 1:
                     return rows.whole(*pages[0])
                 for page in pages:

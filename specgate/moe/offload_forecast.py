@@ -159,7 +159,7 @@ class Forecaster:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         layers: Sequence[MoELayer],
         predictors: Sequence[Foresees],
         want: Want,
@@ -169,7 +169,7 @@ class Forecaster:
         self.ignored = 0
         self.asked = 0
         self._want, self._threshold, self._history = want, threshold, history
-        self._model: Any = model
+        self._model = model
         self._layers = list(layers)
         self._seq2seq = bool(self._model.config.is_encoder_decoder)
         self._stacks: dict[str, list[MoELayer]] = {}

@@ -20,7 +20,8 @@ from specgate.errors import ConfigError
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 MAX_GROUPS = 1023  # groups of one grouped matrix product (torch: fewer than 1024)
-FEW = 4096  # indices that are sorted on the host rather than on the device
+FEW = 256  # indices that are mapped to slots on the host rather than on the device
+MANY = 4096  # indices from which on the device says which experts there are
 
 
 class Face:
@@ -58,11 +59,24 @@ class Lookup:
 
 
 class Rows:
-    """The rows (token, k) of one call through the indexed kernels."""
+    """The rows (token, k) of one call through the indexed kernels.
+
+    Args:
+        module: the experts' module. arenas: views of all slots, by name.
+        hidden_ND, index_NK, weights_NK: what it is called with.
+        flat: ``index_NK`` as a list, where there is one.
+    """
 
     def __init__(
-        self, module: Any, arenas: dict[str, Tensor], hidden_ND: Tensor, index_NK: Tensor, weights_NK: Tensor
+        self,
+        module: Any,
+        arenas: dict[str, Tensor],
+        hidden_ND: Tensor,
+        index_NK: Tensor,
+        weights_NK: Tensor,
+        flat: list[int] | None,
     ) -> None:
+        self._flat = flat
         self._module, self._arenas = module, arenas
         self._hidden_ND, self._index_NK, self._weights_NK = hidden_ND, index_NK, weights_NK
         self._dtype = next(iter(arenas.values())).dtype
@@ -71,7 +85,7 @@ class Rows:
 
     def whole(self, experts: list[int], slots: list[int], base: int, width: int) -> Tensor:
         """The call as it is, with slots for experts."""
-        index_NK = self._table(experts, slots, base, 0)[self._index_NK]
+        index_NK = self._slot_of(experts, slots, base, 0)
         face = Face(self._module, self._page(base, width), num_experts=width)
         return run_original(self._module, face, self._hidden_ND, index_NK, self._weights_NK)
 
@@ -80,7 +94,7 @@ class Rows:
 
         With one expert per row and weight 1, what they return is the down projection itself.
         """
-        slot_M = self._table(experts, slots, base, width)[self._index_NK].flatten()
+        slot_M = self._slot_of(experts, slots, base, width).flatten()
         if self._repeated_MD is None:
             self._repeated_MD = self._hidden_ND.repeat_interleave(self._index_NK.shape[1], dim=0)
         one_M1 = torch.ones(len(slot_M), 1, dtype=self._dtype, device=slot_M.device)
@@ -100,10 +114,15 @@ class Rows:
     def _page(self, base: int, width: int) -> dict[str, Tensor]:
         return {name: arena[base : base + width] for name, arena in self._arenas.items()}
 
-    def _table(self, experts: list[int], slots: list[int], base: int, other: int) -> Tensor:
+    def _slot_of(self, experts: list[int], slots: list[int], base: int, other: int) -> Tensor:
+        """The indices ``[N, K]`` with slots, counted from ``base``, for experts."""
+        if self._flat is not None:
+            place = dict(zip(experts, slots, strict=True))
+            flat = [place[e] - base if e in place else other for e in self._flat]
+            return torch.tensor(flat, device=self._index_NK.device).view_as(self._index_NK)
         table_E = torch.full((self._module.num_experts,), other)
         table_E[experts] = torch.tensor(slots) - base
-        return table_E.to(self._index_NK.device)
+        return table_E.to(self._index_NK.device)[self._index_NK]
 
 
 def pages_of(
@@ -141,9 +160,15 @@ def implementation_of(module: Any) -> str:
     return chosen
 
 
-def used_experts(routing: Tensor, mask: bool) -> list[int]:
-    """The experts that a call needs, ascending; the host waits for the router here."""
+def used_experts(routing: Tensor, mask: bool) -> tuple[list[int], list[int] | None]:
+    """The experts that a call needs, ascending, and its indices as a list if they are few.
+
+    The host waits for the router here.
+    """
     if mask:
-        return torch.where(routing.flatten(0, 1).any(0))[0].tolist()
+        return torch.where(routing.flatten(0, 1).any(0))[0].tolist(), None
     flat = routing.flatten()
-    return sorted(set((flat if len(flat) <= FEW else flat.unique()).tolist()))
+    if len(flat) > MANY:
+        return flat.unique().tolist(), None
+    listed = flat.tolist()
+    return sorted(set(listed)), listed if len(listed) <= FEW else None

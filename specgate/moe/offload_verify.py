@@ -160,8 +160,8 @@ def _resident(layer: MoELayer, original: CheckpointExperts, index: int, device: 
     if "config" in kept:
         module.config = copy.copy(kept["config"])
     module._modules = dict(experts._modules)
-    if isinstance(experts, nn.ModuleDict):
-        (template,) = experts.template
+    if "template" in kept:
+        (template,) = kept["template"]
         for expert, pieces in enumerate(tensors):
             one = copy.deepcopy(template).to_empty(device=device)
             for name, tensor in pieces.items():

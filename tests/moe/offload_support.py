@@ -10,6 +10,7 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+import specgate
 from specgate.moe.families import FAMILIES, moe_layers
 from specgate.runtime import native
 from tests.moe.tiny_hosts import VOCAB, make_host
@@ -42,6 +43,15 @@ def saved(family: str, tmp_path_factory: Any) -> Path:
         make_host(family).save_pretrained(folder)
         _FOLDERS[family] = folder
     return _FOLDERS[family]
+
+
+def opened(folder: Path, slots: int | None = None, **more: Any) -> Any:
+    """An offload with so many slots (None: the least, too many: all), free ones poisoned."""
+    plan = specgate.offload(folder, context=CONTEXT).plan
+    slots = plan.least_slots if slots is None else min(slots, plan.blocks)
+    made = specgate.offload(folder, plan.budget_for(slots), context=CONTEXT, poison=True, **more)
+    assert made.plan.slots == slots
+    return made
 
 
 def load_resident(folder: Path, implementation: str | None = None) -> Any:

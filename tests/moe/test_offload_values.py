@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,12 +14,12 @@ from specgate.moe.families import FAMILIES, moe_layers
 from specgate.moe.hosts import REFERENCE
 from specgate.moe.text import bundled_documents
 from tests.moe.offload_support import (
-    CONTEXT,
     IMPLEMENTATIONS,
     STORES,
     SWITCH,
     assert_same,
     load_resident,
+    opened,
     prompt,
     resident_run,
     run,
@@ -28,15 +27,6 @@ from tests.moe.offload_support import (
 )
 
 LONG, SHORT = 256, 8  # generated tokens
-
-
-def opened(folder: Path, slots: int | None, **more: Any) -> Any:
-    """An offload with so many slots (None: the least), free ones poisoned."""
-    plan = specgate.offload(folder, context=CONTEXT, budget_gb=None).plan
-    slots = plan.least_slots if slots is None else min(slots, plan.blocks)
-    made = specgate.offload(folder, plan.budget_for(slots), context=CONTEXT, poison=True, **more)
-    assert made.plan.slots == slots
-    return made
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -109,6 +99,19 @@ def test_more_slots_than_a_grouped_product_takes(
     assert max(pages) > 1
 
 
+@pytest.mark.parametrize("few", [0, 10**6])
+def test_long_and_short_calls_find_their_slots(
+    few: int, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Indices are mapped on the host or on the device, and listed by either."""
+    folder = saved("mixtral", tmp_path_factory)
+    monkeypatch.setattr(offload_kernels, "FEW", few)
+    monkeypatch.setattr(offload_kernels, "MANY", few)
+    for slots in (3, 12):
+        with opened(folder, slots) as model:
+            assert_same(run(model, SHORT), resident_run("mixtral", folder, "grouped_mm", SHORT))
+
+
 def test_pages_hold_every_expert_once_and_are_not_too_wide() -> None:
     slots = [5000, 1, 1022, 1023, 1024, 3, 4999, 6143]
     experts = list(range(8))
@@ -167,12 +170,12 @@ def test_verify_finds_a_wrong_expert(
 ) -> None:
     from specgate.moe.offload_kernels import Rows
 
-    real = Rows._table
+    real = Rows._slot_of
 
     def wrong(self: Any, experts: list[int], slots: list[int], base: int, other: int) -> Any:
         return real(self, experts, slots[::-1], base, other)
 
-    monkeypatch.setattr(Rows, "_table", wrong)
+    monkeypatch.setattr(Rows, "_slot_of", wrong)
     with (
         pytest.raises(StoreError, match=r"verify: model\.layers\.0\.mlp gives other values"),
         opened(saved("olmoe", tmp_path_factory), None, verify=True),
