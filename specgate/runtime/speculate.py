@@ -72,8 +72,6 @@ class Speculator:
         device: where the model's tensors are.
         context: tokens that the predictor's attention looks back on; older ones are forgotten.
         slots: forecasts that the ring holds before it overwrites the oldest.
-        first_layer: number of the predictor's layer 0 among all MoE layers of the model, which the reported
-            layers count (an encoder's come first).
         backend: ``"cpu"``, ``"cuda"`` or, for tests, ``"emulated"``: the kernel's source run on the CPU;
             default: the device's.
         option: most thread blocks (cuda; 0: what the device holds) or the order of threads (emulated).
@@ -81,7 +79,7 @@ class Speculator:
     Attributes:
         state: the buffers, by name (see ``SpeculationState``). ``state["live"][b] = 0`` leaves sequence b
             out, and rows may be moved about between tokens.
-        ring: hand it to whoever polls natively.
+        ring: for :meth:`specgate.runtime.store.ExpertStore.follow`, which prefetches what it says.
 
     Raises:
         StoreError: if the native core is missing, or memory is refused.
@@ -97,7 +95,6 @@ class Speculator:
         device: torch.device | str = "cpu",
         context: int = 512,
         slots: int = 64,
-        first_layer: int = 0,
         backend: str | None = None,
         option: int = 0,
     ) -> None:
@@ -107,9 +104,11 @@ class Speculator:
                 " least 1, 1, 2"
             )
         self.device, self.batch = torch.device(device), batch
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device {device} is not there: choose device=cpu, or ask `specgate doctor`")
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.sizes = dict(parts.sizes) | {"batch": batch, "context": context, "first_layer": first_layer}
+        self.sizes = dict(parts.sizes) | {"batch": batch, "context": context}
         self.tensors = {name: tensor.to(self.device).contiguous() for name, tensor in parts.tensors.items()}
         self.layers, self.top_k = int(self.sizes["layers"]), int(self.sizes["top_k"])
         self.hidden, self.routed = int(self.sizes["hidden"]), bool(self.sizes.get("width"))

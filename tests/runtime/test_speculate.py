@@ -16,6 +16,7 @@ import torch
 
 from specgate.errors import StoreError
 from specgate.predictors.mlp import MLP
+from specgate.predictors.quantize import pack
 from specgate.predictors.speculation import speculate_in_torch, speculation_parts
 from specgate.runtime import native
 from specgate.runtime.speculate import Speculator
@@ -133,17 +134,6 @@ def test_horizons_run_on_into_the_next_token(case: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_layers_are_counted_from_the_first_of_the_stack(backend: str) -> None:
-    speculator = Speculator(
-        speculation_parts(make_predictor(**LOOKAHEAD)), threshold=0.0, first_layer=6, backend=backend
-    )
-    speculator.launch(-1, token_ids=torch.tensor([1]))
-    found = speculator.poll_forecast()
-    assert found is not None
-    assert {(layer, ahead) for layer, _, _, ahead in found.entries} == {(6, 1), (7, 2), (8, 3)}
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", ["lookahead, wide", "residual"])
 def test_hidden_states_of_any_type(case: str, dtype: torch.dtype, backend: str) -> None:
@@ -172,6 +162,14 @@ def test_weights_in_bfloat16(case: str, backend: str) -> None:
     compare(
         predictor, speculator, routing(predictor, 2, 3), atol=1e-5 if isinstance(predictor, MLP) else 0.02
     )
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_weights_are_unpacked(bits: int) -> None:
+    predictor = make_predictor(**RESIDUAL | {"D": 64, "width": 32})
+    pack(predictor, bits)
+    speculator = Speculator(speculation_parts(predictor), threshold=0.0, batch=2)
+    assert compare(predictor, speculator, routing(predictor, 2, 2)) > 0
 
 
 # ------------------------------------------------------------------ prompts and state

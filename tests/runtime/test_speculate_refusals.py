@@ -76,6 +76,12 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         Speculator(parts, batch=0)
     with pytest.raises(ConfigError, match=r"threshold 1\.5 is no probability"):
         Speculator(parts, threshold=1.5)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="device cuda is not there: choose device=cpu"):
+            Speculator(parts, device="cuda")
+        if native.backend() == "native+cuda":
+            with pytest.raises(ConfigError, match="CUDA device 0 of 0 that are there"):
+                Speculator(parts, backend="cuda")
     with pytest.raises(ConfigError, match="speculation on 'tpu' is not in this build"):
         Speculator(parts, backend="tpu")
     speculator = Speculator(parts)

@@ -48,7 +48,7 @@ struct Fields {
              {"scale_experts", &s.scale_experts},
              {"softmax", &s.softmax},
              {"wraps", &s.wraps},
-             {"first_layer", &s.first_layer},
+
              {"bf16", &s.bf16}};
     real = {{"router_eps", &s.router_eps},
             {"unit_eps", &s.unit_eps},

@@ -42,7 +42,6 @@ struct SpeculationSizes {
   int32_t scale_experts = 1;  ///< 1 or E: whether the calibrator tells experts apart
   int32_t softmax = 0;        ///< 1: one expert per token; 0: a sigmoid per expert
   int32_t wraps = 1;          ///< 1 while decoding: after the last layer comes the first of the next token
-  int32_t first_layer = 0;    ///< added to the layers that are reported
   int32_t bf16 = 0;           ///< the matrices and the table are bfloat16, else float32
   float router_eps = 1e-6f, unit_eps = 1e-6f;
   float slow = 0.8f, mean_0 = 0.5f, mean_1 = 0.9f;  ///< rates of decayed means: hidden state, running state

@@ -35,7 +35,6 @@ void check_model(const SpeculationModel& model) {
   within("vocab", s.vocab, 1, 1 << 30);
   within("hidden", s.hidden, s.routers ? 1 : 0, 1 << 16);
   within("width", s.width, 0, 1 << 14);
-  within("first_layer", s.first_layer, 0, 1 << 20);
   within("scale_experts", s.scale_experts, 1, s.experts);
   if (s.scale_experts != 1) within("scale_experts", s.scale_experts, s.experts, s.experts);
   if (s.width) {

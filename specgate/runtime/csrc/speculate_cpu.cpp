@@ -346,8 +346,7 @@ class CpuSpeculation : public Speculation {
       const float p = 1.0f - missed_[i];
       const int h = i / s_.experts;
       if (!(p >= w_.threshold[point() * s_.horizons + h])) continue;
-      const ForecastEntry entry{s_.first_layer + column_at(s_, layer_, h) % s_.layers, i % s_.experts, p,
-                                h + 1};
+      const ForecastEntry entry{column_at(s_, layer_, h) % s_.layers, i % s_.experts, p, h + 1};
       uint64_t words[2];
       std::memcpy(words, &entry, sizeof(words));
       unsigned char* at = slot + sizeof(ForecastSlot) + sizeof(ForecastEntry) * found++;

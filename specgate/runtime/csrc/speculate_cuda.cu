@@ -54,8 +54,8 @@ struct DeviceBlock {
   }
   __device__ __forceinline__ static int bits_set(uint32_t bits) { return __popc(bits); }
 
-  // A reader that sees one of this launch's words also sees that the slot was marked as being written: block
-  // 0 did so, fenced, before the last grid barrier, and each thread that stores fences once more.
+  // A reader that sees one of this launch's words also sees that the slot was marked as being written: block 0
+  // did so, fenced, before it arrived where the last block is told; and each thread that stores fences once more.
   __device__ __forceinline__ static void before_storing() { __threadfence_system(); }
   __device__ __forceinline__ static void store(uint64_t* at, uint64_t word) {
     ::cuda::atomic_ref<uint64_t, ::cuda::thread_scope_system>(*at).store(word, ::cuda::memory_order_relaxed);
@@ -251,6 +251,12 @@ class CudaSpeculation : public Speculation {
 std::unique_ptr<Speculation> make_speculation_cuda(const SpeculationModel& model, int slots, int device,
                                                    int blocks) {
   check_model(model);
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess) cudaGetLastError();
+  if (device < 0 || device >= devices)
+    throw StoreFailure(StoreFailure::Kind::Config, "speculation on CUDA device " + std::to_string(device) +
+                                                       " of " + std::to_string(devices) +
+                                                       " that are there: choose another, or device=cpu");
   return std::make_unique<CudaSpeculation>(model, slots, device, blocks);
 }
 

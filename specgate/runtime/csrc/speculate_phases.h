@@ -267,8 +267,7 @@ SPECGATE_FN void merge(Block& block, const SpeculationArgs& a) {
     if (place >= a.ring.capacity) return;
     uint32_t p;
     memcpy(&p, &merged[i], 4);
-    const uint32_t layer = s.first_layer + column_at(s, in.layer, i / E) % s.layers, expert = i % E,
-                   ahead = i / E + 1;
+    const uint32_t layer = column_at(s, in.layer, i / E) % s.layers, expert = i % E, ahead = i / E + 1;
     uint64_t* to = reinterpret_cast<uint64_t*>(slot + sizeof(ForecastSlot)) + 2 * place;
     block.store(to, layer | static_cast<uint64_t>(expert) << 32);
     block.store(to + 1, p | static_cast<uint64_t>(ahead) << 32);
