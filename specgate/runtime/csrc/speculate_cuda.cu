@@ -54,8 +54,9 @@ struct DeviceBlock {
   }
   __device__ __forceinline__ static int bits_set(uint32_t bits) { return __popc(bits); }
 
-  // A reader that sees one of this launch's words also sees that the slot was marked as being written: block 0
-  // did so, fenced, before it arrived where the last block is told; and each thread that stores fences once more.
+  // A reader that sees one of this launch's words also sees that the slot was marked as being written:
+  // block 0 did so, fenced, before it arrived where the last block is told; and each thread that stores
+  // fences once more.
   __device__ __forceinline__ static void before_storing() { __threadfence_system(); }
   __device__ __forceinline__ static void store(uint64_t* at, uint64_t word) {
     ::cuda::atomic_ref<uint64_t, ::cuda::thread_scope_system>(*at).store(word, ::cuda::memory_order_relaxed);
