@@ -40,7 +40,11 @@ def saved(family: str, tmp_path_factory: Any) -> Path:
     """The directory of a tiny model; the same for all tests of a run."""
     if family not in _FOLDERS:
         folder = tmp_path_factory.mktemp("offload") / family
-        make_host(family).save_pretrained(folder)
+        model = make_host(family)
+        for name, parameter in model.named_parameters():
+            if name.endswith("_bias"):  # zero at first, which would not tell expert from expert
+                torch.nn.init.normal_(parameter)
+        model.save_pretrained(folder)
         _FOLDERS[family] = folder
     return _FOLDERS[family]
 
@@ -54,7 +58,7 @@ def opened(folder: Path, slots: int | None = None, **more: Any) -> Any:
     return made
 
 
-def load_resident(folder: Path, implementation: str | None = None) -> Any:
+def load_resident(folder: Path, implementation: str | None = None, dtype: torch.dtype | None = None) -> Any:
     """The whole model in memory, as transformers loads it.
 
     Its experts are copied: transformers leaves Switch's where they are in the mapped file, at any multiple of
@@ -62,7 +66,8 @@ def load_resident(folder: Path, implementation: str | None = None) -> Any:
     """
     seq2seq = tf.AutoConfig.from_pretrained(folder).is_encoder_decoder
     auto = tf.AutoModelForSeq2SeqLM if seq2seq else tf.AutoModelForCausalLM
-    more = {} if implementation is None else {"experts_implementation": implementation}
+    given = {"experts_implementation": implementation, "dtype": dtype}
+    more = {name: value for name, value in given.items() if value is not None}
     model = auto.from_pretrained(folder, **more).eval()
     for layer in moe_layers(model):
         for parameter in layer.experts.parameters():
