@@ -34,6 +34,7 @@ from specgate.moe.offload_verify import CheckpointExperts, verify_model
 from specgate.predictors.base import Predictor
 from specgate.runtime import native
 from specgate.runtime.layout import BlockLayout
+from specgate.runtime.reference_policies import POLICIES
 from specgate.runtime.simple_store import SimpleStore
 from specgate.runtime.source import ExpertSource
 from specgate.runtime.store import ExpertStore, StoreSettings
@@ -211,6 +212,8 @@ def offload(
     """
     quiet_imports()
     target = resolve_device(device)
+    if eviction not in POLICIES:
+        raise ConfigError(f"eviction={eviction!r} is not known; choose one of {', '.join(POLICIES)}.")
     if not 0 <= threshold <= 1:
         raise ConfigError(f"threshold={threshold} is no probability; write a number from 0 to 1.")
     if history < 1:

@@ -1,4 +1,4 @@
-"""Offloaded = resident on the GPU, where transformers decodes with other kernels than it reads prompts with."""
+"""Offloaded = resident on the GPU, where transformers decodes and reads prompts with different kernels."""
 
 from __future__ import annotations
 

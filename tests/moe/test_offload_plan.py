@@ -129,6 +129,7 @@ def test_typed_budgets_are_short_and_enough(count: int) -> None:
         ({"dtype": "int8"}, "dtype='int8' is not known"),
         ({"device": "tpu9"}, "device='tpu9' is not a device"),
         ({"store": "fast"}, "store='fast' is not known"),
+        ({"eviction": "fifo"}, "eviction='fifo' is not known; choose one of lru"),
         ({"experts_implementation": "sonicmoe"}, "'sonicmoe' cannot run from slots"),
     ],
 )

@@ -14,6 +14,7 @@ from transformers import modeling_utils
 from specgate.errors import ConfigError, StoreError
 from specgate.moe.families import moe_layers
 from specgate.moe.offload_experts import ExpertRunner
+from specgate.moe.recorder import Recorder
 from tests.moe.offload_support import (
     STORES,
     SWITCH,
@@ -151,6 +152,52 @@ def test_threads_share_a_model(folder: Path) -> None:
     with opened(folder) as model:
         for found in _together([lambda: run(model, TOKENS)] * 3):
             assert_same(found, wanted)
+
+
+# ---------------------------------------------------------------------- other ways of using it
+
+
+@pytest.mark.parametrize("family", ["olmoe", SWITCH])
+def test_beams_and_samples(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = saved(family, tmp_path_factory)
+    resident = load_resident(folder)
+    with opened(folder) as model:
+        for more in ({"num_beams": 3}, {"do_sample": True, "temperature": 1.3}, {"use_cache": False}):
+            found = []
+            for one in (model, resident):
+                torch.manual_seed(5)
+                found.append(one.generate(**prompt(), max_new_tokens=TOKENS, pad_token_id=0, **more))
+            assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("family", ["olmoe", SWITCH])
+def test_its_routing_is_recorded_like_any_other(
+    family: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = saved(family, tmp_path_factory)
+    taken = []
+    for one in (load_resident(folder), None):
+        with opened(folder) as offloaded:
+            model = one or offloaded
+            with Recorder(model, hidden="fp16", control=True) as recorder:
+                run(model, 3)
+                taken.append(recorder.take())
+    for stack, calls in taken[0].items():
+        for mine, theirs in zip(calls, taken[1][stack], strict=True):
+            assert all(torch.equal(t, theirs.tensors()[n]) for n, t in mine.tensors().items())
+            assert mine.agrees_BTL is not None
+            assert bool(mine.agrees_BTL.all())
+
+
+def test_checkpoints_in_shards_and_stacked(tmp_path: Path, folder: Path) -> None:
+    resident = load_resident(folder)
+    wanted = resident_run("olmoe", folder, None, TOKENS)
+    resident.save_pretrained(tmp_path / "shards", max_shard_size="40KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 3
+    resident.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    for name in ("shards", "stacked"):
+        with opened(tmp_path / name, 5, verify=True) as model:
+            assert_same(run(model, TOKENS), wanted)
 
 
 # ---------------------------------------------------------------------- what it does not do
