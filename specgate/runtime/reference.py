@@ -61,41 +61,63 @@ class Ledger(State):
                 self._promote(b)
                 if block.want is None:
                     block.want = Want("DEMAND", "DEVICE", 1.0, self.now, self._seq())
+                    self._hasten(b)
             self.counters["useful_bytes"] += size if speculative else 0
             if block.device != "ABSENT":
                 block.used = True
+            if block.host != "ABSENT":
+                block.host_used = True
 
     def _promote(self, b: int) -> None:
-        """Turns a PREFETCH want of ``b`` into a DEMAND, with its job in flight."""
+        """Turns a PREFETCH want of ``b`` into a DEMAND."""
         block = self.blocks[b]
         if block.want is None or block.want.level == "DEMAND":
             return
         self.counters["promoted"] += 1
         block.want.level, block.want.target, block.want.seq = "DEMAND", "DEVICE", self._seq()
+        self._hasten(b)
+
+    def _hasten(self, b: int) -> None:
+        """Makes the job of ``b`` in flight, if there is one, a demand's."""
         job = self._job_of(b)
         if job is not None:
             self.jobs[job.id] = job._replace(level="DEMAND")
+            if job.kind == "READ":
+                self.blocks[b].host_origin = "DEMAND"
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Takes one pin of each block. Changes nothing and raises ``ConfigError`` if one has none left, or
-        for an unknown or repeated id."""
+        """Takes one pin of each block; a demand that nobody holds any more is given up, unless it is on its
+        way. Changes nothing and raises ``ConfigError`` if one has none left, or for an unknown or repeated
+        id."""
         self._check_distinct(blocks)
         for b in blocks:
             if self.blocks[b].pins == 0:
                 raise ConfigError(f"block {b} is not pinned: release only what was demanded")
         for b in blocks:
             self.blocks[b].pins -= 1
+            if self._job_of(b) is None:
+                self._give_up(b)
+
+    def _give_up(self, b: int) -> None:
+        """Drops a DEMAND want of ``b`` if nobody holds the block."""
+        if self.blocks[b].pins == 0 and self.blocks[b].wanted("DEMAND"):
+            self.blocks[b].want = None
 
     def prefetch(self, block: int, p: float, deadline: int, target: str = "device") -> str:
         """Wants ``block`` on ``target`` ("device" or "host") by ``deadline``, with probability ``p`` of use.
-        Says what became of it: "resident", "demanded", "merged", "stale", "refused" or "queued"."""
+        Says what became of it: "stale", "resident", "demanded", "merged", "refused" or "queued"."""
         self._check([block])
         if target not in ("device", "host"):
             raise ConfigError(f"target is {target!r}: it must be device or host")
         if not 0 <= p <= 1:
             raise ConfigError(f"p is {p}: a probability lies between 0 and 1")
-        self.device_policy.hint(block, p)
-        self.host_policy.hint(block, p)
+        if deadline < self.now:
+            self.counters["stale"] += 1
+            return "stale"
+        if target == "host" and self.host_slots[self.block_class[block]] == 0 and not self.resident_host:
+            return "refused"
+        self.device_policy.hint(block, p, deadline)
+        self.host_policy.hint(block, p, deadline)
         it = self.blocks[block]
         if it.device == "PRESENT" or (target == "host" and it.host == "PRESENT"):
             return "resident"
@@ -107,9 +129,6 @@ class Ledger(State):
                 it.want.target = "DEVICE"
             self.counters["merged"] += 1
             return "merged"
-        if deadline < self.now:
-            self.counters["stale"] += 1
-            return "stale"
         pending = [want for b, want in self._wants("PREFETCH") if self._job_of(b) is None]
         if len(pending) >= self.max_pending:
             self.counters["overflow"] += 1
@@ -129,6 +148,8 @@ class Ledger(State):
         if now < self.now:
             raise ConfigError(f"the clock stands at {self.now} and cannot go to {now}: advance it only")
         self.now = now
+        self.device_policy.advance(now)
+        self.host_policy.advance(now)
         for b, want in self._wants("PREFETCH"):
             if want.deadline < now and self.blocks[b].device != "LOADING":
                 self.blocks[b].want = None
@@ -142,18 +163,19 @@ class Ledger(State):
         """Starts the first want that can start, DEMAND before PREFETCH; ``None`` where none can."""
         demands = sorted(self._wants("DEMAND"), key=lambda bw: bw[1].seq)
         prefetches = sorted(self._wants("PREFETCH"), key=lambda bw: (bw[1].deadline, -bw[1].p, bw[1].seq))
-        demand_waits = {"READ": False, "COPY": False}  # for the file, for the link
+        closed = {"READ": False, "COPY": False}  # the file, the link: to the prefetches that follow
         for b, want in demands + prefetches:
             if self._job_of(b) is not None:
                 continue
             kind = self._step(b)
             way = "COPY" if kind == "COPY" else "READ"
-            if want.level == "PREFETCH" and demand_waits[way]:
+            if want.level == "PREFETCH" and closed[way]:
                 continue
-            if self._within_limits(b, kind, want.level) and self._make_room(b, kind, want.level):
-                return self._start(b, kind, want.level)
-            if want.level == "DEMAND":
-                demand_waits[way] = True
+            fits = self._within_limits(b, kind, want.level)
+            if fits and self._make_room(b, kind, want):
+                return self._start(b, kind, want)
+            if want.level == "DEMAND" or not fits:
+                closed[way] = True
         return None
 
     def _step(self, b: int) -> str:
@@ -174,19 +196,26 @@ class Ledger(State):
         in_flight = sum(self._bytes(job.block) for job in same)
         return all(job.level == "PREFETCH" for job in same) and in_flight + self._bytes(b) <= limit
 
-    def _make_room(self, b: int, kind: str, level: str) -> bool:
+    def _make_room(self, b: int, kind: str, want: Want) -> bool:
         """Whether there is a free slot (READ: slab), after the eviction of a block if that is needed."""
         cls, to_host = self.block_class[b], kind == "READ"
+        if want.level == "PREFETCH" and not to_host and not self._spare_slot(cls):
+            return False
         if self._free(cls, to_host) is not None:
             return True
         policy = self.host_policy if to_host else self.device_policy
         peers = [o for o in range(len(self.blocks)) if self.block_class[o] == cls]
         victim = policy.victim([o for o in peers if self._evictable(o, to_host)], self.tick)
-        if victim is None or (level == "PREFETCH" and not policy.admits(b, victim, self.tick)):
+        if victim is None:
             return False
+        if want.level == "PREFETCH":
+            kept = self._kept_in_host(victim) if to_host else self._kept_on_device(victim, want.p)
+            if kept or not policy.admits(b, victim, self.tick):
+                return False
         block = self.blocks[victim]
         if to_host:
             self.counters["host_evictions"] += 1
+            self.counters["wasted_read_bytes"] += self._unused_host_bytes(victim)
             block.host, block.slab = "ABSENT", -1
         else:
             self.counters["evictions"] += 1
@@ -200,16 +229,38 @@ class Ledger(State):
             return block.host == "PRESENT" and block.host_pins == 0 and not block.wanted("DEMAND")
         return block.device == "PRESENT" and block.pins == 0
 
-    def _start(self, b: int, kind: str, level: str) -> Job:
+    def _spare_slot(self, cls: int) -> bool:
+        """Whether a slot is left for a prefetch when each demand that waits for one has got it."""
+        peers = [b for b, other in enumerate(self.block_class) if other == cls]
+        free = self.device_slots[cls] - sum(self.blocks[b].device != "ABSENT" for b in peers)
+        evictable = sum(self._evictable(b, False) for b in peers)
+        waiting = sum(self.blocks[b].wanted("DEMAND") and self.blocks[b].device == "ABSENT" for b in peers)
+        return free + evictable > waiting
+
+    def _kept_in_host(self, victim: int) -> bool:
+        """Whether ``victim`` is still to be copied, so that a prefetch may not take its slab."""
+        return self.blocks[victim].want is not None
+
+    def _kept_on_device(self, victim: int, p: float) -> bool:
+        """Whether ``victim`` came by a forecast as likely as ``p`` that may still come true."""
+        block = self.blocks[victim]
+        speculative = block.origin == "PREFETCH" and not block.used
+        return speculative and block.deadline >= self.now and block.p >= p
+
+    def _start(self, b: int, kind: str, want: Want) -> Job:
         block, place = self.blocks[b], self._free(self.block_class[b], kind == "READ")
+        level = want.level
         assert place is not None
         if kind == "READ":
             block.host, block.slab = "LOADING", place
+            block.host_origin, block.host_used = level, False
         else:
             block.device, block.slot = "LOADING", place
             block.origin, block.used = level, level == "DEMAND"
-        if kind == "COPY" and not self.resident_host:
-            block.host_pins += 1
+            block.p, block.deadline = want.p, want.deadline
+        if kind == "COPY":
+            block.host_used = True
+            block.host_pins += not self.resident_host
         for moved in {"READ": ["read"], "COPY": ["copied"], "DIRECT": ["read", "copied"]}[kind]:
             self.counters[f"{moved}_bytes_{level.lower()}"] += self._bytes(b)
         job = Job(self.next_id, kind, b, -1 if kind == "DIRECT" else block.slab, block.slot, level)
@@ -219,7 +270,7 @@ class Ledger(State):
 
     def complete(self, id: int, status: str) -> None:
         """The driver is done with job ``id``: "OK", "FAILED", or "CANCELLED" (done again if it is still
-        wanted). Raises ``ConfigError`` for a job that is not in flight."""
+        wanted and, if demanded, held). Raises ``ConfigError`` for a job that is not in flight."""
         if status not in ("OK", "FAILED", "CANCELLED"):
             raise ConfigError(f"status is {status!r}: it must be OK, FAILED or CANCELLED")
         if id not in self.jobs:
@@ -233,18 +284,21 @@ class Ledger(State):
             self.host_policy.insert(job.block, self.tick)
             if block.want is not None and block.want.target == "HOST":
                 block.want = None
+            self._give_up(job.block)
         elif status == "OK":
             block.device, block.want = "PRESENT", None
             self.device_policy.insert(job.block, self.tick)
         elif job.kind == "READ":
+            self.counters["wasted_read_bytes"] += self._unused_host_bytes(job.block)
             block.host, block.slab = "ABSENT", -1
         else:
-            if status == "FAILED":
-                self.counters["wasted_bytes"] += self._unused_bytes(job.block)
+            self.counters["wasted_bytes"] += self._unused_bytes(job.block)
             block.device, block.slot = "ABSENT", -1
         if status == "FAILED":
             block.failed |= block.wanted("DEMAND") or block.pins > 0
             block.want = None
+        if status == "CANCELLED":
+            self._give_up(job.block)
 
     # What the driver may ask
 

@@ -25,8 +25,11 @@ class Policy:
         """``block`` is demanded, resident or not."""
         self.last[block] = max(self.last[block], tick)
 
-    def hint(self, block: int, p: float) -> None:
-        """``block`` is forecast with probability ``p``."""
+    def hint(self, block: int, p: float, deadline: int) -> None:
+        """``block`` is forecast with probability ``p``, until ``deadline``."""
+
+    def advance(self, now: int) -> None:
+        """The clock of deadlines went on to ``now``."""
 
     def key(self, block: int, tick: int) -> tuple[float, ...]:
         """What orders the blocks at ``tick``, least first."""
@@ -92,19 +95,26 @@ class Static(Policy):
 
 
 class Forecast(Policy):
-    """Least probability of the last forecast; a use consumes the forecast."""
+    """Least probability of the last forecast. A use consumes it, and it lapses after its deadline."""
 
     def __init__(self, blocks: int, half_life: float) -> None:
         super().__init__(blocks, half_life)
         self.score = [0.0] * blocks
         self.hinted = [0.0] * blocks
+        self.deadline = [0] * blocks
 
     def use(self, block: int, tick: int) -> None:
         super().use(block, tick)
         self.score[block] = 0.0
 
-    def hint(self, block: int, p: float) -> None:
+    def hint(self, block: int, p: float, deadline: int) -> None:
         self.score[block] = self.hinted[block] = p
+        self.deadline[block] = deadline
+
+    def advance(self, now: int) -> None:
+        for block, deadline in enumerate(self.deadline):
+            if deadline < now:
+                self.score[block] = self.hinted[block] = 0.0
 
     def key(self, block: int, tick: int) -> tuple[float, ...]:
         return (self.score[block], self.last[block])

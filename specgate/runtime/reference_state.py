@@ -14,7 +14,7 @@ from specgate.runtime.reference_policies import POLICIES, Policy
 DEMANDS = ("hit", "late", "host_hit", "miss")
 REQUESTS = ("promoted", "merged", "stale", "overflow")
 EVICTIONS = ("evictions", "host_evictions")
-SPECULATION = ("useful_bytes", "wasted_bytes", "late_bytes")
+SPECULATION = ("useful_bytes", "wasted_bytes", "wasted_read_bytes", "late_bytes")
 TRAFFIC = ("copied_bytes_demand", "copied_bytes_prefetch", "read_bytes_demand", "read_bytes_prefetch")
 COUNTERS = DEMANDS + REQUESTS + EVICTIONS + SPECULATION + TRAFFIC
 """What ``Ledger.stats`` counts, from 0."""
@@ -49,7 +49,12 @@ class Want:
 
 @dataclass
 class Block:
-    """Where one block lies, who holds it there, and what is wanted of it."""
+    """Where one block lies, who holds it there, and what is wanted of it.
+
+    ``origin``, ``p``, ``deadline``: level and numbers of the want that brought it to the device; ``used``:
+    whether it was demanded since. ``host_origin``: level of the READ that brought it to host memory;
+    ``host_used``: whether it was demanded or copied since.
+    """
 
     device: str = "ABSENT"
     slot: int = -1
@@ -59,7 +64,11 @@ class Block:
     host_pins: int = 0
     want: Want | None = None
     origin: str = "DEMAND"
+    p: float = 0.0
+    deadline: int = 0
     used: bool = False
+    host_origin: str = "DEMAND"
+    host_used: bool = False
     failed: bool = False
 
     def wanted(self, level: str) -> bool:
@@ -168,10 +177,9 @@ class State:
                 must(block.device != "PRESENT", f"block {b} is wanted where it is")
                 lies_there = block.want.target == "HOST" and block.host == "PRESENT"
                 must(not lies_there, f"block {b} is wanted in host memory where it is")
-                must(
-                    (block.want.level, block.want.target) != ("DEMAND", "HOST"),
-                    f"block {b}: demand of a slab",
-                )
+                if block.want.level == "DEMAND":
+                    must(block.want.target == "DEVICE", f"block {b}: demand of a slab")
+                    must(block.pins > 0 or bool(kinds), f"block {b} is demanded, and nobody holds it")
         for cls in range(len(self.device_slots)):
             peers = [block for b, block in enumerate(self.blocks) if self.block_class[b] == cls]
             slots = [block.slot for block in peers if block.slot >= 0]
@@ -203,6 +211,8 @@ class State:
         counted = self.counters["useful_bytes"] + self.counters["wasted_bytes"]
         brought = self.counters["copied_bytes_prefetch"]
         must(counted <= brought, f"{counted} bytes useful or wasted of {brought} that prefetches brought")
+        unread, read = self.counters["wasted_read_bytes"], self.counters["read_bytes_prefetch"]
+        must(unread <= read, f"{unread} bytes wasted of {read} that prefetches read")
         late = self.counters["late_bytes"]
         must(late <= self.counters["useful_bytes"], f"{late} bytes late are more than the useful ones")
 
@@ -231,6 +241,11 @@ class State:
         """Bytes that a prefetch brought to the device and nobody used."""
         block = self.blocks[b]
         return self._bytes(b) if block.origin == "PREFETCH" and not block.used else 0
+
+    def _unused_host_bytes(self, b: int) -> int:
+        """Bytes that a prefetch read to host memory and nobody demanded or copied."""
+        block = self.blocks[b]
+        return self._bytes(b) if block.host_origin == "PREFETCH" and not block.host_used else 0
 
     def _seq(self) -> int:
         self.next_seq += 1

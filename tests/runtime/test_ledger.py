@@ -27,6 +27,8 @@ pytestmark = for_each
         (([0], [1], [1], [1]), {"host_policy": "fifo"}, ConfigError),
         (([0], [1], [1], [1]), {"max_reads": 0}, ConfigError),
         (([0], [1], [1], [1]), {"max_pending": -1}, ConfigError),
+        (([0], [1], [1], [1]), {"prefetch_copy_bytes": -1}, ConfigError),
+        (([0], [1], [1], [1]), {"prefetch_read_bytes": -1}, ConfigError),
         (([0], [1], [1], [1]), {"half_life": 0.0}, ConfigError),
     ],
 )
@@ -185,6 +187,83 @@ def test_a_demand_of_a_prefetch_in_flight(make: Make) -> None:
     assert counted(ledger, "hit", "wasted_bytes") == (0, 0)
 
 
+def test_a_demand_of_a_read_that_nobody_wanted_any_more(make: Make) -> None:
+    ledger = one_class(make)
+    ledger.prefetch(0, 0.5, 1)
+    job = ledger.next_job()
+    assert ledger.advance(2) == [job.id]
+    ledger.demand([0])
+    assert ledger.state(0)[6][:2] == ("DEMAND", "DEVICE")
+    assert counted(ledger, "miss", "promoted") == (1, 0), "a new request, not one promoted"
+    assert ledger.advance(2) == []
+    ledger.prefetch(1, 0.5, 9)
+    assert ledger.next_job() is None, "the read is a demand's now: no prefetch beside it"
+    ledger.complete(job.id, "OK")
+    assert [(job.kind, job.block, job.level) for job in start(ledger)] == [
+        ("COPY", 0, "DEMAND"),
+        ("READ", 1, "PREFETCH"),
+    ]
+    assert counted(ledger, "read_bytes_demand", "read_bytes_prefetch") == (0, 20), "as they were started"
+
+
+def test_a_demand_that_nobody_holds_any_more_is_given_up(make: Make) -> None:
+    ledger = one_class(make)
+    ledger.demand([0, 1])
+    ledger.demand([0])
+    ledger.release([0, 1])
+    assert [ledger.state(b)[6] is None for b in (0, 1)] == [False, True], "0 is held once more"
+    ledger.release([0])
+    assert ledger.state(0)[6] is None
+    assert start(ledger) == []
+
+
+@pytest.mark.parametrize("status", ["OK", "CANCELLED"])
+def test_a_demand_given_up_is_read_to_the_end_at_most(make: Make, status: str) -> None:
+    ledger = one_class(make)
+    ledger.demand([0])
+    job = ledger.next_job()
+    ledger.release([0])
+    assert ledger.state(0)[6][0] == "DEMAND", "on its way"
+    assert ledger.advance(1) == []
+    ledger.complete(job.id, status)
+    host = ("PRESENT", 0) if status == "OK" else ("ABSENT", -1)
+    assert ledger.state(0) == ("ABSENT", -1, 0, *host, 0, None)
+    assert start(ledger) == []
+    assert ledger.take_failed() == []
+
+
+@pytest.mark.parametrize("status", ["OK", "CANCELLED"])
+@pytest.mark.parametrize("slabs", [0, 4])
+def test_a_demand_given_up_on_its_way_to_the_device_arrives_or_not(
+    make: Make, slabs: int, status: str
+) -> None:
+    ledger = one_class(make, slabs=slabs)
+    ledger.demand([0])
+    job = ledger.next_job()
+    if job.kind == "READ":
+        ledger.complete(job.id, "OK")
+        job = ledger.next_job()
+    ledger.release([0])
+    ledger.complete(job.id, status)
+    assert ledger.state(0)[:3] == (("PRESENT", 0, 0) if status == "OK" else ("ABSENT", -1, 0))
+    assert ledger.state(0)[6] is None
+    assert start(ledger) == []
+    ledger.demand([0])
+    assert counted(ledger, "hit") == (int(status == "OK"),)
+
+
+def test_a_demand_given_up_and_taken_up_again_on_its_way(make: Make) -> None:
+    ledger = one_class(make)
+    ledger.demand([0])
+    job = ledger.next_job()
+    want = ledger.state(0)[6]
+    ledger.release([0])
+    ledger.demand([0])
+    assert ledger.state(0)[6] == want
+    ledger.complete(job.id, "OK")
+    assert [(job.kind, job.block) for job in run(ledger)] == [("COPY", 0)]
+
+
 def test_prefetched_bytes_are_useful_once_and_wasted_if_evicted_unused(make: Make) -> None:
     ledger = one_class(make, slots=2, resident_host=True)
     ledger.prefetch(0, 0.9, 9)
@@ -200,77 +279,3 @@ def test_prefetched_bytes_are_useful_once_and_wasted_if_evicted_unused(make: Mak
     load(ledger, 3)  # evicts 0, used
     assert counted(ledger, *names) == (2, 10, 10, 2)
     assert counted(ledger, "copied_bytes_prefetch", "copied_bytes_demand") == (20, 20)
-
-
-# ---- Prefetch ----------------------------------------------------------------
-
-
-def test_what_becomes_of_a_prefetch(make: Make) -> None:
-    ledger = one_class(make)
-    load(ledger, 0)
-    ledger.advance(5)
-    assert ledger.prefetch(0, 0.5, 9) == "resident"
-    assert ledger.prefetch(1, 0.5, 4) == "stale"
-    assert ledger.prefetch(1, 0.5, 5, "host") == "queued"
-    assert ledger.state(1)[6][:4] == ("PREFETCH", "HOST", 0.5, 5)
-    seq = ledger.state(1)[6][4]
-    assert ledger.prefetch(1, 0.25, 8) == "merged"
-    assert ledger.state(1)[6] == ("PREFETCH", "DEVICE", 0.25, 8, seq)
-    assert ledger.prefetch(1, 0.75, 7, "host") == "merged"
-    assert ledger.state(1)[6] == ("PREFETCH", "DEVICE", 0.75, 7, seq), "the farther target stands"
-    ledger.complete(ledger.next_job().id, "OK")
-    assert ledger.prefetch(1, 0.1, 6, "host") == "resident"
-    assert ledger.state(1)[6] == ("PREFETCH", "DEVICE", 0.75, 7, seq), "and the want is as it was"
-    ledger.demand([1])
-    assert ledger.prefetch(1, 0.9, 6) == "demanded"
-    assert counted(ledger, "merged", "stale", "overflow") == (2, 1, 0)
-    for bad in ((6, 0.5, 9), (1, 1.5, 9), (1, float("nan"), 9), (1, 0.5, 9, "disk")):
-        with pytest.raises(ConfigError):
-            ledger.prefetch(*bad)
-
-
-def test_a_prefetch_for_host_memory_stops_there(make: Make) -> None:
-    ledger = one_class(make)
-    ledger.prefetch(2, 0.5, 9, "host")
-    assert [(job.kind, job.level) for job in run(ledger)] == [("READ", "PREFETCH")]
-    assert ledger.state(2) == ("ABSENT", -1, 0, "PRESENT", 0, 0, None)
-    assert counted(ledger, "read_bytes_prefetch", "copied_bytes_prefetch") == (10, 0)
-
-
-def test_a_full_queue_keeps_the_likeliest(make: Make) -> None:
-    ledger = one_class(make, blocks=8, max_pending=3)
-    for b, p, deadline in ((0, 0.2, 8), (1, 0.2, 9), (2, 0.2, 9)):
-        assert ledger.prefetch(b, p, deadline) == "queued"
-    assert ledger.prefetch(3, 0.2, 1) == "refused"
-    assert ledger.prefetch(3, 0.3, 9) == "queued"
-    waiting = [b for b in range(8) if ledger.state(b)[6]]
-    assert waiting == [0, 1, 3], "of equal p the latest deadline goes, of equal deadlines the last to come"
-    ledger.prefetch(4, 0.3, 9)
-    ledger.prefetch(5, 0.3, 9)
-    assert [b for b in range(8) if ledger.state(b)[6]] == [3, 4, 5]
-    assert counted(ledger, "overflow") == (4,)
-    ledger.next_job()  # what is in flight does not wait
-    assert ledger.prefetch(6, 0.1, 9) == "queued"
-    assert ledger.prefetch(7, 0.1, 9) == "refused"
-    assert one_class(make, max_pending=0).prefetch(0, 1.0, 9) == "refused"
-
-
-def test_stale_prefetches_are_dropped_but_not_on_their_way_to_the_device(make: Make) -> None:
-    ledger = one_class(make, slots=3, slabs=6)
-    for b, deadline in ((0, 1), (1, 2), (2, 3), (3, 4)):
-        ledger.prefetch(b, 0.5, deadline)
-    reads = start(ledger)
-    ledger.complete(reads[0].id, "OK")
-    copy = ledger.next_job()
-    assert (copy.kind, copy.block) == ("COPY", 0)
-    ledger.complete(reads[1].id, "OK")  # lies in host memory, waits for the link
-    assert ledger.advance(3) == [], "a deadline that is now is not past"
-    assert [b for b in range(6) if ledger.state(b)[6]] == [0, 2, 3]
-    assert ledger.advance(4) == [reads[2].id]
-    assert [b for b in range(6) if ledger.state(b)[6]] == [0, 3]
-    assert counted(ledger, "stale") == (2,)
-    ledger.complete(reads[2].id, "OK")
-    assert ledger.state(2) == ("ABSENT", -1, 0, "PRESENT", 2, 0, None)
-    assert ledger.advance(4) == []
-    with pytest.raises(ConfigError):
-        ledger.advance(3)

@@ -1,11 +1,11 @@
-"""Transfers: their order and limits, whom they evict, how they end, on small scenes worked out by hand."""
+"""Transfers: their order, their limits and how they end, on small scenes worked out by hand."""
 
 from __future__ import annotations
 
 import pytest
 
 from specgate.errors import ConfigError
-from tests.runtime.ledgers import Make, counted, for_each, load, on_device, one_class, run, start
+from tests.runtime.ledgers import Make, counted, for_each, one_class, run, start
 
 pytestmark = for_each
 
@@ -99,19 +99,15 @@ def test_a_demand_that_waits_for_a_slot_does_not_hold_up_prefetch_reads(make: Ma
 def test_no_prefetch_copy_while_a_demand_finds_no_slot(make: Make) -> None:
     ledger = make([0, 0, 1], [10, 10], [1, 1], [2, 1])
     ledger.prefetch(2, 0.5, 9, "host")
-    run(ledger)
+    ledger.prefetch(1, 0.5, 9)
+    for _ in range(2):
+        ledger.complete(ledger.next_job().id, "OK")
+    copy = ledger.next_job()
     ledger.demand([0])
-    ledger.release([0])  # given up, but still to come
-    ledger.demand([1])
-    first, second = start(ledger)
-    ledger.complete(second.id, "OK")
-    assert [(job.kind, job.block) for job in run(ledger)] == [("COPY", 1)], (
-        "overtakes: its read was done first"
-    )
-    ledger.complete(first.id, "OK")
+    ledger.complete(ledger.next_job().id, "OK")
     ledger.prefetch(2, 0.5, 9)
-    assert start(ledger) == [], "the only slot of 0 is in use"
-    ledger.release([1])
+    assert start(ledger) == [], "1 is on its way to the only slot of class 0"
+    ledger.complete(copy.id, "OK")
     assert [(job.kind, job.block) for job in run(ledger)] == [("COPY", 0), ("COPY", 2)]
 
 
@@ -131,11 +127,53 @@ def test_bytes_of_prefetches_in_flight_are_limited_but_one_may_always_go(make: M
     assert [(job.kind, job.block) for job in start(ledger)] == [("COPY", 1)], "20 of 20; 9 more do not fit"
 
 
-def test_a_small_prefetch_passes_one_that_does_not_fit(make: Make) -> None:
+def test_a_small_prefetch_does_not_pass_a_big_one_that_waits_for_its_turn(make: Make) -> None:
     ledger = make([0, 1, 0], [9, 20], [4, 4], [0, 0], prefetch_copy_bytes=20, resident_host=True)
     for b in range(3):
         ledger.prefetch(b, 0.5, b)
-    assert [job.block for job in start(ledger)] == [0, 2]
+    assert [job.block for job in start(ledger)] == [0], "29 bytes are over 20"
+    ledger.complete(0, "OK")
+    assert [job.block for job in start(ledger)] == [1]
+    ledger.complete(1, "OK")
+    assert [job.block for job in start(ledger)] == [2]
+
+
+def test_a_big_prefetch_read_holds_up_reads_but_no_copies(make: Make) -> None:
+    ledger = make([0, 1, 0, 0], [9, 20], [4, 4], [4, 0], prefetch_read_bytes=20)
+    ledger.prefetch(3, 0.5, 9, "host")
+    run(ledger)
+    for b, deadline in ((0, 1), (1, 2), (2, 3), (3, 4)):
+        ledger.prefetch(b, 0.5, deadline)
+    jobs = start(ledger)
+    assert [(job.kind, job.block) for job in jobs] == [("READ", 0), ("COPY", 3)], "29 bytes are over 20"
+    ledger.complete(jobs[0].id, "OK")
+    assert [(job.kind, job.block) for job in start(ledger)] == [("COPY", 0), ("DIRECT", 1)]
+
+
+def test_a_big_prefetch_copy_holds_up_copies_but_no_reads(make: Make) -> None:
+    ledger = make([0, 1, 0, 0], [9, 20], [4, 4], [4, 4], prefetch_copy_bytes=20)
+    for b in range(3):
+        ledger.prefetch(b, 0.5, 9, "host")
+    run(ledger)
+    for b in range(4):
+        ledger.prefetch(b, 0.5, b)
+    assert [(job.kind, job.block) for job in start(ledger)] == [("COPY", 0), ("READ", 3)]
+
+
+@pytest.mark.parametrize("spared", [True, False], ids=["spared", "in use"])
+def test_a_big_prefetch_holds_up_others_though_it_has_no_room_yet(make: Make, spared: bool) -> None:
+    ledger = make([0, 0, 1, 1], [20, 9], [1, 2], [2, 2], prefetch_copy_bytes=20)
+    for b in (0, 2, 3):
+        ledger.prefetch(b, 0.5, 9, "host")
+    run(ledger)
+    ledger.demand([1])
+    read = ledger.next_job()
+    if not spared:
+        ledger.complete(read.id, "OK")
+        run(ledger)  # 1 has the slot
+    for b, deadline in ((2, 1), (0, 2), (3, 3)):
+        ledger.prefetch(b, 0.5, deadline)
+    assert [job.block for job in start(ledger)] == [2], "bytes are counted before room is looked for"
 
 
 def test_bytes_of_a_promoted_prefetch_count_as_demand(make: Make) -> None:
@@ -148,81 +186,6 @@ def test_bytes_of_a_promoted_prefetch_count_as_demand(make: Make) -> None:
     assert start(ledger) == [], "a demand's copy is in flight"
     ledger.complete(0, "OK")
     assert [job.block for job in start(ledger)] == [2]
-
-
-# ---- Room ----------------------------------------------------------------
-
-
-def test_only_blocks_out_of_use_are_evicted(make: Make) -> None:
-    ledger = one_class(make, slots=3)
-    load(ledger, 0, 1, 2)
-    ledger.demand([0])
-    ledger.release([0])  # used last
-    ledger.demand([1])
-    load(ledger, 3)
-    assert on_device(ledger, 6) == {0, 1, 3}
-    assert ledger.state(3)[1] == 2, "in the slot of the evicted"
-    load(ledger, 4)
-    assert on_device(ledger, 6) == {1, 3, 4}
-    ledger.release([1])
-    load(ledger, 5)
-    assert on_device(ledger, 6) == {3, 4, 5}
-    assert counted(ledger, "evictions") == (3,)
-
-
-def test_classes_do_not_share_room(make: Make) -> None:
-    ledger = make([0, 1, 1, 0], [10, 20], [1, 1], [1, 1])
-    load(ledger, 0, 1, 2)
-    assert on_device(ledger, 4) == {0, 2}
-    assert [ledger.state(b)[3] for b in range(4)] == ["PRESENT", "ABSENT", "PRESENT", "ABSENT"]
-    load(ledger, 3)
-    assert on_device(ledger, 4) == {2, 3}
-    assert counted(ledger, "evictions", "host_evictions") == (2, 2)
-
-
-def test_a_slab_is_not_evicted_under_a_copy(make: Make) -> None:
-    ledger = one_class(make, slabs=1)
-    ledger.demand([0])
-    ledger.complete(ledger.next_job().id, "OK")
-    ledger.prefetch(1, 0.5, 9)
-    (copy,) = start(ledger)
-    assert (copy.kind, copy.block) == ("COPY", 0)
-    ledger.complete(copy.id, "OK")
-    assert [(job.kind, job.block) for job in start(ledger)] == [("READ", 1)]
-    assert counted(ledger, "host_evictions") == (1,)
-
-
-def test_a_slab_is_kept_for_a_demand_but_not_for_a_prefetch(make: Make) -> None:
-    ledger = one_class(make, slots=1, slabs=2)
-    ledger.prefetch(3, 0.5, 9)
-    ledger.complete(ledger.next_job().id, "OK")
-    copy = ledger.next_job()  # in the only slot, from slab 0
-    ledger.demand([0])
-    ledger.complete(ledger.next_job().id, "OK")  # in slab 1, waits for the slot
-    ledger.prefetch(1, 0.9, 9, "host")
-    assert start(ledger) == []
-    ledger.complete(copy.id, "OK")
-    jobs = start(ledger)
-    assert [(job.kind, job.block, job.slab) for job in jobs] == [("COPY", 0, 1), ("READ", 1, 0)]
-    ledger.prefetch(1, 0.9, 9)
-    ledger.complete(jobs[1].id, "OK")  # waits for the slot with a prefetch
-    ledger.complete(jobs[0].id, "OK")
-    ledger.prefetch(2, 0.9, 1, "host")
-    assert [(job.kind, job.block, job.slab) for job in start(ledger)] == [("READ", 2, 1)]
-    ledger.prefetch(4, 0.9, 1, "host")
-    assert [(job.kind, job.block, job.slab) for job in start(ledger)] == [("READ", 4, 0)], "1 makes room"
-    assert counted(ledger, "host_evictions") == (3,)
-
-
-def test_a_prefetch_finds_no_room_where_all_is_in_use(make: Make) -> None:
-    ledger = one_class(make, slots=2)
-    ledger.demand([0, 1])
-    run(ledger)
-    ledger.prefetch(2, 0.9, 9)
-    assert [(job.kind, job.block) for job in run(ledger)] == [("READ", 2)]
-    assert ledger.state(2)[6] is not None
-    ledger.release([1])
-    assert [(job.kind, job.block, job.slot) for job in run(ledger)] == [("COPY", 2, 1)]
 
 
 # ---- Ends of jobs ----------------------------------------------------------------
@@ -255,11 +218,11 @@ def test_a_copy_that_does_not_arrive(make: Make, status: str, resident: bool) ->
     assert ledger.state(0)[:6] == ("ABSENT", -1, 0, "PRESENT", 0, 0)
     assert (ledger.state(0)[6] is None) == (status == "FAILED")
     assert ledger.take_failed() == [], "nobody waits for a prefetch"
-    assert counted(ledger, "wasted_bytes") == (10 if status == "FAILED" else 0,)
+    assert counted(ledger, "wasted_bytes", "wasted_read_bytes") == (10, 0)
     ledger.demand([0])
     ledger.complete(ledger.next_job().id, status)
     assert ledger.take_failed() == ([0] if status == "FAILED" else [])
-    assert counted(ledger, "wasted_bytes") == (10 if status == "FAILED" else 0,)
+    assert counted(ledger, "wasted_bytes") == (10,), "nothing of a demand is wasted"
     ledger.demand([0])
     run(ledger)
     assert ledger.state(0)[:3] == ("PRESENT", 0, 2)
@@ -284,6 +247,17 @@ def test_a_block_in_use_fails_for_its_prefetch_too(make: Make) -> None:
     assert ledger.prefetch(0, 0.5, 9) == "queued"
     ledger.complete(ledger.next_job().id, "FAILED")
     assert ledger.take_failed() == [0]
+
+
+@pytest.mark.parametrize("status", ["FAILED", "CANCELLED"])
+@pytest.mark.parametrize("slabs", [0, 4])
+def test_a_prefetch_that_a_demand_met_on_its_way_is_not_wasted(make: Make, slabs: int, status: str) -> None:
+    ledger = one_class(make, slabs=slabs)
+    ledger.prefetch(0, 0.5, 9)
+    job = ledger.next_job()
+    ledger.demand([0])
+    ledger.complete(job.id, status)
+    assert counted(ledger, "wasted_bytes", "wasted_read_bytes", "read_bytes_prefetch") == (0, 0, 10)
 
 
 def test_a_demand_given_up_fails_too(make: Make) -> None:

@@ -35,11 +35,14 @@ def test_lru_gives_up_the_oldest_and_counts_arrivals(make: Make) -> None:
 @for_each
 def test_lru_counts_a_demand_at_its_call_and_again_at_arrival(make: Make) -> None:
     ledger = cache(make, "lru", slots=3)
-    ledger.demand([0])
-    ledger.release([0])
-    load(ledger, 1, 2)  # 0 arrives during tick 2
+    ledger.demand([1])
+    job = ledger.next_job()
+    ledger.release([1])
+    load(ledger, 0)
+    ledger.complete(job.id, "OK")  # 1 arrives during tick 2
+    load(ledger, 2)
     load(ledger, 3)
-    assert on_device(ledger, 6) == {2, 3, 1}, "0 and 1 are both of tick 2"
+    assert on_device(ledger, 6) == {1, 2, 3}, "0 and 1 are both of tick 2"
 
 
 @for_each
@@ -47,9 +50,9 @@ def test_lfu_counts_uses_of_absent_blocks(make: Make) -> None:
     ledger = cache(make, "lfu")
     ledger.demand([0])
     ledger.demand([0])
-    ledger.release([0])
-    ledger.release([0])
     ledger.complete(ledger.next_job().id, "FAILED")
+    ledger.release([0])
+    ledger.release([0])
     load(ledger, 0, 1, 1)  # 0 was used 3 times, 1 twice
     load(ledger, 2)
     assert on_device(ledger, 6) == {0, 2}
@@ -138,6 +141,82 @@ def test_forecast_goes_by_the_last_hint_until_it_is_used(make: Make) -> None:
     ledger.prefetch(3, 0.25, 9)
     run(ledger)
     assert on_device(ledger, 6) == {1, 3}
+
+
+@for_each
+@pytest.mark.parametrize(("now", "left"), [(5, {1, 3}), (6, {2, 3})])
+def test_a_forecast_lapses_after_its_deadline(make: Make, now: int, left: set[int]) -> None:
+    ledger = cache(make, "forecast")
+    load(ledger, 1, 2)
+    ledger.prefetch(1, 0.9, 5)
+    ledger.advance(now)
+    load(ledger, 3)  # 2 is the younger
+    assert on_device(ledger, 6) == left
+
+
+@for_each
+@pytest.mark.parametrize(("now", "read"), [(5, []), (6, [1])])
+def test_a_forecast_lapses_in_host_memory_too(make: Make, now: int, read: list[int]) -> None:
+    ledger = make([0] * 4, [10], [2], [1], "lru", "forecast")
+    ledger.prefetch(0, 0.9, 5, "host")
+    run(ledger)
+    ledger.advance(now)
+    ledger.prefetch(1, 0.1, 9, "host")
+    assert [job.block for job in run(ledger)] == read
+
+
+@for_each
+def test_a_later_forecast_does_not_lapse_with_the_one_it_replaced(make: Make) -> None:
+    ledger = cache(make, "forecast")
+    load(ledger, 1, 2)
+    ledger.prefetch(1, 0.9, 5)
+    ledger.prefetch(1, 0.8, 7)
+    ledger.advance(6)
+    load(ledger, 3)
+    assert on_device(ledger, 6) == {1, 3}
+
+
+@for_each
+@pytest.mark.parametrize(("now", "left"), [(2, {1}), (3, {0})])
+def test_what_lapsed_admits_nothing(make: Make, now: int, left: set[int]) -> None:
+    ledger = cache(make, "forecast", slots=1)
+    load(ledger, 0)
+    ledger.prefetch(1, 0.5, 9)
+    assert ledger.prefetch(1, 0.4, 2, "host") == "resident", "the last forecast, though no request"
+    ledger.advance(now)
+    run(ledger)
+    assert on_device(ledger, 6) == left
+    assert (ledger.state(1)[6] is None) == (left == {1}), "the request stands until 9"
+
+
+@for_each
+@pytest.mark.parametrize("slabs", [0, 4])
+def test_a_request_turned_down_at_once_is_no_forecast(make: Make, slabs: int) -> None:
+    ledger = make([0] * 4, [10], [2], [slabs], "forecast")
+    load(ledger, 0, 1)
+    ledger.advance(5)
+    assert ledger.prefetch(0, 0.9, 4) == "stale"
+    if slabs == 0:
+        assert ledger.prefetch(0, 0.9, 9, "host") == "refused"
+    load(ledger, 2)
+    assert on_device(ledger, 4) == {1, 2}, "0 is the oldest, and no forecast speaks for it"
+
+
+@for_each
+def test_a_request_that_a_full_queue_refuses_is_a_forecast_all_the_same(make: Make) -> None:
+    ledger = make([0] * 4, [10], [2], [2], "lru", "forecast", max_pending=1)
+    ledger.prefetch(0, 0.5, 1, "host")
+    job = ledger.next_job()
+    ledger.advance(2)  # nobody wants 0 any more, and its first forecast lapsed
+    ledger.prefetch(1, 0.9, 9, "host")
+    assert ledger.prefetch(0, 0.8, 9, "host") == "refused"
+    ledger.complete(job.id, "OK")
+    run(ledger)
+    ledger.prefetch(2, 0.7, 9, "host")
+    assert run(ledger) == [], "0.7 does not displace 0.8"
+    ledger.advance(3)
+    ledger.prefetch(2, 0.85, 9, "host")
+    assert [job.block for job in run(ledger)] == [2]
 
 
 @for_each

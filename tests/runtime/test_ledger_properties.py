@@ -24,7 +24,9 @@ class Watch:
         self.random = Random(seed)
         self.twins: Twins = any_twins(self.random)
         self.now = 0
-        self.speculative: set[int] = set()  # brought to the device by a prefetch, not used yet
+        # Brought to the device by a prefetch (of which p and deadline), not used yet
+        self.speculative: dict[int, tuple[float, int]] = {}
+        self.unread: set[int] = set()  # brought to host memory by a prefetch, not used yet
         self.urgent: set[int] = set()  # jobs in flight for a demand
         self.failed: set[int] = set()
         self.expected: Counter[str] = Counter()
@@ -48,6 +50,9 @@ class Watch:
             self.started(answer, before)
         if job is not None:
             self.ended(job, args[1])
+        moving = {other.block for other in twins.flying.values()}
+        for b, (_, _, pins, *_, want) in enumerate(twins.states):
+            assert not want or want[0] == "PREFETCH" or pins or b in moving, f"nobody holds {b}: {want}"
         return answer
 
     def size(self, b: int) -> int:
@@ -64,18 +69,33 @@ class Watch:
             if b in self.speculative:
                 self.expected["useful_bytes"] += self.size(b)
                 self.expected["late_bytes"] += self.size(b) if device == "LOADING" else 0
-                self.speculative.remove(b)
-            if want and want[0] == "PREFETCH":
-                self.expected["promoted"] += 1
-                self.urgent |= {job.id for job in self.twins.flying.values() if job.block == b}
+                del self.speculative[b]
+            self.unread.discard(b)
+            self.expected["promoted"] += bool(want) and want[0] == "PREFETCH"
+            self.urgent |= {job.id for job in self.twins.flying.values() if job.block == b}
 
-    def started(self, job: Any, before: list[Any]) -> None:
+    def evicted(self, job: Any, before: list[Any]) -> None:
+        """What ``job`` took the place of."""
+        prefetch, want = job.level == "PREFETCH", before[job.block][6]
         for b, after in enumerate(self.twins.states):
             if before[b][0] == "PRESENT" and after[0] == "ABSENT":
                 assert before[b][2] == 0, f"block {b} was in use"
+                p, deadline = self.speculative.get(b, (-1.0, self.now))
+                assert not prefetch or deadline < self.now or p < want[2], f"{job} in the place of {b}: {p}"
                 self.expected["evictions"] += 1
                 self.waste(b)
-            self.expected["host_evictions"] += before[b][3] == "PRESENT" and after[3] == "ABSENT"
+            if before[b][3] == "PRESENT" and after[3] == "ABSENT":
+                other = before[b][6]
+                assert not other or (other[0] == "PREFETCH" and not prefetch), f"{job} in the place of {b}"
+                self.expected["host_evictions"] += 1
+                self.waste_read(b)
+
+    def started(self, job: Any, before: list[Any]) -> None:
+        self.evicted(job, before)
+        if job.kind == "READ" and job.level == "PREFETCH":
+            self.unread.add(job.block)
+        elif job.kind != "DIRECT":
+            self.unread.discard(job.block)
         level = job.level.lower()
         self.expected[f"read_bytes_{level}"] += self.size(job.block) if job.kind != "COPY" else 0
         self.expected[f"copied_bytes_{level}"] += self.size(job.block) if job.kind != "READ" else 0
@@ -94,8 +114,43 @@ class Watch:
         assert all((other.kind != "COPY") != reads for other in beside), (
             f"prefetch {job} goes beside {beside}"
         )
+        self.in_turn(job, before, moving)
         if job.kind != "READ":
-            self.speculative.add(job.block)
+            self.spared(job, before)
+            self.speculative[job.block] = before[job.block][6][2:4]
+
+    def in_turn(self, job: Any, before: list[Any], moving: set[int]) -> None:
+        """No prefetch for which there are too many bytes in flight lets a later one pass."""
+        reads, place = job.kind != "COPY", self.place(job.block, before)
+        sizes = [
+            self.size(other.block)
+            for other in self.twins.flying.values()
+            if other.id not in {job.id, *self.urgent} and (other.kind != "COPY") == reads
+        ]
+        limit = self.twins.options["prefetch_read_bytes" if reads else "prefetch_copy_bytes"]
+        for b, state in enumerate(before):
+            if not state[6] or state[6][0] == "DEMAND" or b in moving:
+                continue
+            if (self.step_of(b, before) != "COPY") == reads and self.place(b, before) <= place:
+                fits = not sizes or sum(sizes) + self.size(b) <= limit
+                assert fits, f"{job} goes beside {sizes}, {b} waits: {limit} bytes at most"
+
+    @staticmethod
+    def place(b: int, states: list[Any]) -> tuple[int, float, int]:
+        """What orders prefetches."""
+        _, _, p, deadline, seq = states[b][6]
+        return deadline, -p, seq
+
+    def spared(self, job: Any, before: list[Any]) -> None:
+        """A prefetch takes no slot that a demand waits for."""
+        peers = [x for b, x in enumerate(before) if self.twins.block_class[b] == self.class_of(job)]
+        held = sum(x[0] == "LOADING" or (x[0] == "PRESENT" and x[2] > 0) for x in peers)
+        waiting = sum(x[0] == "ABSENT" and bool(x[6]) and x[6][0] == "DEMAND" for x in peers)
+        slots = self.twins.device_slots[self.class_of(job)]
+        assert held + waiting < slots, f"{job}: of {slots} slots {held} are held, {waiting} waited for"
+
+    def class_of(self, job: Any) -> int:
+        return self.twins.block_class[job.block]
 
     def step_of(self, b: int, states: list[Any]) -> str:
         """Kind of the next transfer of a block, as a driver sees it."""
@@ -105,14 +160,17 @@ class Watch:
 
     def ended(self, job: Any, status: str) -> None:
         self.urgent.discard(job.id)
-        if job.kind != "READ" and status == "FAILED":
+        if status != "OK" and job.kind == "READ":
+            self.waste_read(job.block)
+        elif status != "OK":
             self.waste(job.block)
-        if job.kind != "READ" and status == "CANCELLED":
-            self.speculative.discard(job.block)
 
     def waste(self, b: int) -> None:
-        self.expected["wasted_bytes"] += self.size(b) if b in self.speculative else 0
-        self.speculative.discard(b)
+        self.expected["wasted_bytes"] += self.size(b) if self.speculative.pop(b, None) else 0
+
+    def waste_read(self, b: int) -> None:
+        self.expected["wasted_read_bytes"] += self.size(b) if b in self.unread else 0
+        self.unread.discard(b)
 
 
 @seeds
@@ -143,6 +201,25 @@ def test_no_demand_is_lost(seed: int) -> None:
         if watch.call("next_job") is None:
             watch.call("complete", min(watch.twins.flying), "OK")
     assert {b for b in in_use if not watch.twins.ready([b])} <= watch.failed
+
+
+@seeds
+def test_all_comes_to_an_end(seed: int) -> None:
+    """With nothing more asked for and every transfer completed, few transfers follow: no two wants take
+    turns for ever."""
+    watch = Watch(2000 + seed)
+    for _ in range(200):
+        watch.step()
+    waiting, done = sum(bool(state[6]) for state in watch.twins.states), 0
+    while True:
+        if watch.call("next_job") is not None:
+            done += 1
+            assert done <= 3 * waiting, "to be read, perhaps once more after a demand took the slab, copied"
+        elif watch.twins.flying:
+            watch.call("complete", min(watch.twins.flying), "OK")
+        else:
+            break
+    assert all(not state[6] or state[6][0] == "PREFETCH" for state in watch.twins.states)
 
 
 @seeds
