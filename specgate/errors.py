@@ -30,7 +30,7 @@ class NotApplicableError(ConfigError):
 
 
 class StoreError(SpecgateError):
-    """The expert store met a missing, truncated or corrupted file, refused memory, or was used after closing."""
+    """The expert store met a damaged file, was refused memory, or was used after closing."""
 
 
 class BudgetError(StoreError):

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from specgate import demo
 from specgate.predictors.registry import predictor_class
@@ -64,6 +65,7 @@ HOST = {"path/to/model": "{olmoe}", "path/to/texts": "{text}"}
 HELP = Run(("--help",), prints_metrics=False)
 SCRATCH = Run(prints_metrics=False, in_scratch=True)
 CONVERT = "python -m specgate.traces.convert"
+PACK = "python -m specgate.runtime.pack"
 RUN = "outputs/train/2026-01-31/12-00-00"
 SCORE = ("paths.data={data}", "data.window=32", "threads=1")
 COST = (
@@ -152,6 +154,12 @@ COMMANDS: dict[str, Make | Run] = {
     "python benchmark.py mode=transitions data=[gpt_oss_20b,olmoe_ref_prefill]": Run(
         SCORE, {"gpt_oss_20b": "olmoe_ref_decode"}
     ),
+    PACK: HELP,
+    f"{PACK} moe=olmoe_ref": Run(("out={new}/a.experts",), prints_metrics=False),
+    f"{PACK} moe=path/to/model codec=int4 group=64": Run(
+        ("out={new}/b.experts",), {"path/to/model": "{olmoe}"}, prints_metrics=False
+    ),
+    f"{PACK} moe=olmoe_ref codec=int8 zstd=true out=olmoe.experts": SCRATCH,
     f"{CONVERT} request-*.npy data/traces/mine --experts 128 --model-id me/model": SCRATCH,
     f"{CONVERT} gpt_oss_20b_decode.npz data/traces/gpt_oss_20b --experts 32 --model-id openai/gpt-oss-20b "
     "--family gpt_oss --meta gpt_oss_20b_decode.meta.json --document-key dataset,category,prompt_tokens "
@@ -203,6 +211,17 @@ def test_the_commands_of_the_demo_are_those_that_it_runs_today() -> None:
     assert shown == [step.shown for step in demo.plan(Path("outputs/demo"))], "run make demo, then make docs"
 
 
+def test_the_offloading_of_the_readme_runs(
+    tiny_olmoe: Path, tiny_traces: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    trained(tiny_traces["olmoe_decode"], "decode", tmp_path / "outputs" / "train")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"prompt": torch.arange(8)[None]}
+    exec(code.replace("olmoe_ref", str(tiny_olmoe)), namespace)
+    assert namespace["model"].specgate.stats()["miss"] > 0
+
+
 @pytest.mark.parametrize("command", [c for c, how in COMMANDS.items() if isinstance(how, Make)])
 def test_make_targets_run_what_they_say(command: str) -> None:
     how = COMMANDS[command]
@@ -249,7 +268,7 @@ def trained(trace: Path, phase: str, folder: Path) -> Path:
 def test_the_python_of_the_readme_runs(
     tiny_traces: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     trained(tiny_traces["olmoe_decode"], "decode", tmp_path / "outputs" / "train")
     (tmp_path / "data/traces").mkdir(parents=True)
     (tmp_path / "data/traces/olmoe_ref_decode").symlink_to(tiny_traces["olmoe_decode"])

@@ -202,9 +202,13 @@ void Store::close() {
     closing_ = true;
   }
   changed_.notify_all();
-  reader_.reset();   // reports every read as cancelled
-  workers_.reset();  // finishes what it decompresses
-  device_->stop();   // waits for copies
+  if (reader_) reader_->close();  // reports every read as cancelled
+  {
+    const std::lock_guard lock(mutex_);
+    reader_.reset();  // its threads are gone, and closing_ keeps everyone else from it
+  }
+  workers_->stop();               // finishes what it decompresses
+  device_->stop();                // waits for copies
   {
     std::unique_lock lock(mutex_);
     free_all();
@@ -215,7 +219,8 @@ void Store::close() {
 
 std::string Store::reader_backend() const {
   const std::lock_guard lock(mutex_);
-  return reader_ ? reader_->backend() : config_.ledger.resident_host ? "memory" : "closed";
+  if (closing_) return "closed";
+  return reader_ ? reader_->backend() : "memory";
 }
 
 Counters Store::counters() const {

@@ -13,19 +13,27 @@ namespace specgate {
 class TaskPool {
  public:
   explicit TaskPool(int threads) {
-    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { run(); });
+    try {
+      for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { run(); });
+    } catch (...) {  // no more threads: those that run are joined
+      stop();
+      throw;
+    }
   }
-  /// Runs what is queued, then joins.
-  ~TaskPool() {
+  ~TaskPool() { stop(); }
+  TaskPool(const TaskPool&) = delete;
+  TaskPool& operator=(const TaskPool&) = delete;
+
+  /// Runs what is queued, then joins; again does nothing.
+  void stop() {
     {
       const std::lock_guard lock(mutex_);
       stopping_ = true;
     }
     changed_.notify_all();
     for (std::thread& thread : threads_) thread.join();
+    threads_.clear();
   }
-  TaskPool(const TaskPool&) = delete;
-  TaskPool& operator=(const TaskPool&) = delete;
 
   void add(std::function<void()> task) {
     {
