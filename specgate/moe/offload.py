@@ -30,15 +30,19 @@ from specgate.moe.offload_experts import ExpertRunner, Store
 from specgate.moe.offload_forecast import Forecaster, Foresees, check_predictor, stack_of, window_bytes
 from specgate.moe.offload_load import BUILDING, Blueprint, checkpoint_folder, draw, load_dense
 from specgate.moe.offload_plan import GB, OffloadPlan, dense_bytes, make_plan
+from specgate.moe.offload_speculate import KernelForecaster
 from specgate.moe.offload_verify import CheckpointExperts, verify_model
 from specgate.predictors.base import Predictor
+from specgate.predictors.speculation import SpeculationParts, speculation_parts
 from specgate.runtime import native
 from specgate.runtime.layout import BlockLayout
 from specgate.runtime.reference_policies import POLICIES
 from specgate.runtime.simple_store import SimpleStore
 from specgate.runtime.source import ExpertSource
+from specgate.runtime.speculate import Speculator
 from specgate.runtime.store import ExpertStore, StoreSettings
 
+FORECASTS = ("auto", "kernel", "torch")
 STORES = ("auto", "native", "simple")
 SPARE = 0.9  # share of the free memory that is taken when no budget is named
 
@@ -57,7 +61,7 @@ class Offloaded:
 
     def __init__(self, plan: OffloadPlan, store: Store) -> None:
         self.plan, self.store = plan, store
-        self.forecaster: Forecaster | None = None
+        self.forecaster: Forecaster | KernelForecaster | None = None
         self.verified: list[float] | None = None
         self._last: dict[str, Any] | None = None
 
@@ -146,14 +150,27 @@ class Offload:
         settings = StoreSettings(eviction=options["eviction"], poison=options["poison"])
         return ExpertStore(source, plan.slots, plan.host, self._device, settings)
 
-    def _forecaster(self, model: nn.Module, runner: ExpertRunner) -> Forecaster:
-        return Forecaster(
-            model,
-            moe_layers(model),
-            [predictor.to(self._device).eval() for predictor in self._predictors],
-            runner.prefetch,
-            self._options["threshold"],
-            self._options["history"],
+    def _forecaster(self, model: nn.Module, runner: ExpertRunner) -> Forecaster | KernelForecaster:
+        """The kernel if it runs the predictors, else torch."""
+        options, layers = self._options, moe_layers(model)
+        predictors = [predictor.to(self._device).eval() for predictor in self._predictors]
+        kind, parts = options["forecasts"], None
+        if kind != "torch":
+            try:
+                parts = _kernel_parts(predictors, runner.store)
+            except ConfigError:
+                if kind == "kernel":
+                    raise
+        if parts is None:
+            return Forecaster(
+                model, layers, predictors, runner.prefetch, options["threshold"], options["history"]
+            )
+        runner.follows = True
+        stack = stack_of(predictors[0], [layer.stack for layer in layers])
+        more = {"threshold": options["threshold"], "device": self._device, "context": options["history"]}
+        store: Any = runner.store
+        return KernelForecaster(
+            model, layers, stack, lambda batch: Speculator(parts, batch=batch, **more), store
         )
 
 
@@ -174,6 +191,7 @@ def offload(
     context: int | None = None,
     threshold: float = 0.2,
     history: int = 128,
+    forecasts: str = "auto",
     store: str = "auto",
     poison: bool = False,
 ) -> Offload:
@@ -197,6 +215,9 @@ def offload(
             what the model can).
         threshold: experts that are less probable are not fetched ahead.
         history: tokens that a predictor looks back at most.
+        forecasts: ``kernel`` (one launch per layer, nothing is waited for; ``router_lookahead``, ``mlp`` and
+            ``router_residual`` while decoding, with the native store), ``torch`` (any predictor), or
+            ``auto``, the kernel where it runs the predictor.
         store: ``native`` (the compiled core), ``simple`` (plain torch: nothing moves in the background), or
             ``auto``, the native one where it is built for the device.
         poison: fill free slots with NaN (for tests).
@@ -212,6 +233,8 @@ def offload(
     """
     quiet_imports()
     target = resolve_device(device)
+    if forecasts not in FORECASTS:
+        raise ConfigError(f"forecasts={forecasts!r} is not known; choose one of {', '.join(FORECASTS)}.")
     if eviction not in POLICIES:
         raise ConfigError(f"eviction={eviction!r} is not known; choose one of {', '.join(POLICIES)}.")
     if not 0 <= threshold <= 1:
@@ -246,6 +269,7 @@ def offload(
         "verify": verify,
         "poison": poison,
         "threshold": threshold,
+        "forecasts": forecasts,
         "history": history,
     }
     return Offload(blueprint, plan, source, target, predictors, options)
@@ -285,6 +309,22 @@ def _predictors(given: AnyPredictor | Sequence[AnyPredictor] | None, blueprint: 
             raise ConfigError(f"Two predictors are for the {stack}'s {one.phase}; name one.")
         places.add((stack, one.phase))
     return found
+
+
+def _kernel_parts(predictors: Sequence[Predictor], store: Store) -> SpeculationParts:
+    """What the speculation kernel needs of the one predictor there is.
+
+    Raises:
+        ConfigError: if it cannot run here.
+    """
+    if not isinstance(store, ExpertStore):
+        raise ConfigError("forecasts='kernel' needs the native store; build it, or choose forecasts='torch'.")
+    if [predictor.phase for predictor in predictors] != ["decode"]:
+        raise ConfigError(
+            "forecasts='kernel' runs one predictor, trained for decoding; name one, or choose "
+            "forecasts='torch'."
+        )
+    return speculation_parts(predictors[0])
 
 
 def _store_kind(store: str, device: torch.device) -> str:

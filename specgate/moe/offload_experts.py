@@ -155,12 +155,18 @@ class ExpertRunner:
     Args:
         store: where the experts are.
         modules: the emptied experts modules in running order; ``layer`` is set on each.
+
+    Attributes:
+        observer: told of every call once its experts are there.
+        clock: calls so far, the time that deadlines are in.
+        follows: the store takes its time from forecasts that it follows; then the clock here is not its.
     """
 
     def __init__(self, store: Store, modules: Sequence[nn.Module]) -> None:
         self.store = store
         self.observer: Observer | None = None
         self.clock = 0
+        self.follows = False
         self._lock = threading.RLock()
         self._modules: list[Any] = list(modules)
         self._arenas: dict[str, Tensor] = {name: store.arena(name) for name in self._modules[0].shapes}
@@ -211,7 +217,8 @@ class ExpertRunner:
             self.clock += 1
             if self._resident is not None:
                 return self._run_resident(module, self._resident[module.layer], hidden_ND, routing, weights)
-            self.store.advance(self.clock)
+            if not self.follows:
+                self.store.advance(self.clock)
             experts, flat = used_experts(routing, mask=isinstance(module, nn.ModuleDict))
             if not experts:
                 return torch.zeros_like(hidden_ND)
@@ -220,6 +227,10 @@ class ExpertRunner:
                 return self._run_in_order(module, experts, hidden_ND, routing, weights)
             rows = Rows(module, self._arenas, hidden_ND, routing, weights, flat)
             return self._run_by_index(module, experts, rows, kernels, routing, weights)
+
+    def _due(self) -> int | None:
+        """When the next wave of this call is wanted."""
+        return None if self.follows else self.clock
 
     def _observe(self, module: Any, routing: Tensor, weights: Tensor) -> None:
         if self.observer is not None:
@@ -253,7 +264,7 @@ class ExpertRunner:
         self, module: Any, experts: list[int], hidden_ND: Tensor, routing: Tensor, weights: Tensor
     ) -> Tensor:
         """The family's own loop, which comes to the experts in ascending order."""
-        with _Visits(self.store, module.layer, self._waves(experts), self.clock) as visits:
+        with _Visits(self.store, module.layer, self._waves(experts), self._due()) as visits:
             self._observe(module, routing, weights)
             if isinstance(module, nn.ModuleDict):
                 face: Face = SwitchFace(module, self._arenas, visits.slot)
@@ -266,7 +277,7 @@ class ExpertRunner:
     ) -> Tensor:
         """All experts at once by their slots, or in waves."""
         waves = self._waves(experts)
-        with _Visits(self.store, module.layer, waves, self.clock) as visits:
+        with _Visits(self.store, module.layer, waves, self._due()) as visits:
             self._observe(module, routing, weights)
             for wave in waves:
                 slots = [visits.slot(expert) for expert in wave]
@@ -301,8 +312,8 @@ class _Resident:
 class _Visits:
     """Holds the slots of one wave after another; a context that gives back what it holds."""
 
-    def __init__(self, store: Store, layer: int, waves: list[list[int]], clock: int) -> None:
-        self._store, self._layer, self._waves, self._clock = store, layer, waves, clock
+    def __init__(self, store: Store, layer: int, waves: list[list[int]], due: int | None) -> None:
+        self._store, self._layer, self._waves, self._due = store, layer, waves, due
         self._wave_of = {expert: i for i, wave in enumerate(waves) for expert in wave}
         self._held = -1
         self._slots: dict[int, int] = {}
@@ -327,7 +338,7 @@ class _Visits:
         slots = self._store.acquire(self._layer, wave)
         self._held, self._slots = number, dict(zip(wave, slots, strict=True))
         for expert in self._waves[number + 1] if number + 1 < len(self._waves) else ():
-            self._store.prefetch(self._layer, expert, 1.0, self._clock)
+            self._store.prefetch(self._layer, expert, 1.0, self._due)
 
     def slot(self, expert: int) -> int:
         """Where an expert lies; valid until one of another wave is asked for."""

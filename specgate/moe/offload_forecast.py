@@ -1,9 +1,8 @@
 """Foresees experts while an offloaded model runs: hands each predictor what it saw in training.
 
-Hooks collect the residual stream before each MoE layer's norm; the experts' modules tell what was routed.
-From that a :class:`Window` is made as a trace of the same run would hold it (values rounded as a trace rounds
-them), and each new point of it is handed to the predictor of the phase. A forecast moves experts earlier and
-changes no value.
+From what :mod:`specgate.moe.offload_hooks` sees, a :class:`Window` is made as a trace of the same run would
+hold it (values rounded as a trace rounds them), and each new point of it is handed to the predictor of the
+phase. A forecast moves experts earlier and changes no value.
 
 Letters: B sequences, T tokens, C tokens of a window, L MoE layers of one stack, H horizons, E experts of a
 layer, K experts per token, D hidden size.
@@ -11,20 +10,17 @@ layer, K experts per token, D hidden size.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from specgate.errors import CheckpointError
 from specgate.forecast import Forecast
 from specgate.moe.families import MoELayer
-from specgate.moe.recorder import switch_outcome
+from specgate.moe.offload_hooks import Routed, StackWatcher, Start
 from specgate.traces.batch import INVALID, RoutingBatch
 
 
@@ -132,18 +128,8 @@ class Window:
             kept[:, at, layer] = new.to(kept.dtype).masked_fill(unreal, 0)
 
 
-@dataclass
-class _Call:
-    """What the current call through a stack has told so far."""
-
-    window: Window | None = None
-    hidden: Tensor | None = None
-    router: tuple[Tensor, Tensor, Tensor] | None = None
-    decoded: Window | None = None
-
-
-class Forecaster:
-    """Watches a model and asks its predictors; a context that leaves no hook behind.
+class Forecaster(StackWatcher):
+    """Asks predictors at every point of a call.
 
     Args:
         model: offloaded.
@@ -153,8 +139,9 @@ class Forecaster:
         threshold: below it an expert is not worth a transfer.
         history: tokens of a window at most (C).
 
-    Raises:
-        CheckpointError: if a predictor was made for another model.
+    Attributes:
+        asked: forecasts so far.
+        ignored: probabilities that were no numbers.
     """
 
     def __init__(
@@ -166,131 +153,62 @@ class Forecaster:
         threshold: float,
         history: int,
     ) -> None:
-        self.ignored = 0
-        self.asked = 0
+        super().__init__(model, layers)
+        self.asked = self.ignored = 0
         self._want, self._threshold, self._history = want, threshold, history
-        self._model = model
-        self._layers = list(layers)
-        self._seq2seq = bool(self._model.config.is_encoder_decoder)
-        self._stacks: dict[str, list[MoELayer]] = {}
-        self._first: dict[str, int] = {}
-        for at, layer in enumerate(layers):
-            self._first.setdefault(layer.stack, at)
-            self._stacks.setdefault(layer.stack, []).append(layer)
-        self._predictors: dict[tuple[str, str], Foresees] = {}
-        for predictor in predictors:
-            stack = stack_of(predictor, list(self._stacks))
-            check_predictor(predictor, self._stacks[stack], model)
-            self._predictors[stack, predictor.phase] = predictor
+        stacks = list(self._stacks)
+        self._predictors = {(stack_of(p, stacks), p.phase): p for p in predictors}
         self._points = {k: (p.kinds != INVALID).any(1).tolist() for k, p in self._predictors.items()}
-        self._handles: list[RemovableHandle] = []
-        self._local = threading.local()
 
-    def __enter__(self) -> Forecaster:
-        try:
-            for stack in {stack for stack, _ in self._predictors}:
-                module = self._stack_module(stack)
-                self._handles.append(
-                    module.register_forward_pre_hook(_quiet(self._start_hook(stack)), with_kwargs=True)
-                )
-                for layer in self._stacks[stack]:
-                    self._handles.append(layer.norm.register_forward_pre_hook(_quiet(self._norm_hook(stack))))
-                    if layer.rule.score == "switch":
-                        hook = _quiet(self._router_hook(stack))
-                        self._handles.append(layer.router.register_forward_hook(hook))
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+    def watched(self) -> list[str]:
+        """The predictors' stacks."""
+        return [stack for stack, _ in self._predictors]
 
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def routed(self, at: int, routing: Tensor, weights: Tensor) -> None:
-        """Layer ``at`` (over all stacks) is about to run these experts: foresee from here."""
-        layer = self._layers[at]
-        call = self._call(layer.stack)
-        window = call.window
-        if window is None or call.hidden is None:
+    def started(self, stack: str, start: Start | None) -> None:
+        """A token more in the window, or a new one over a prompt."""
+        windows = self._windows()
+        decoded = windows.pop((stack, "decode"), None)
+        windows.pop((stack, "prefill"), None)
+        if start is None:
             return
-        B, T = call.hidden.shape[:2]
-        if call.router is not None:
-            experts, dropped = switch_outcome(*call.router)
-        else:
-            weights, order = weights.detach().sort(dim=-1, descending=True, stable=True)
-            experts, dropped = routing.gather(-1, order).view(B, T, -1), None
-        window.know(
-            layer.index,
-            experts=experts,
-            weights=weights.detach().half().view(B, T, -1),
-            dropped=dropped,
-            hidden=call.hidden.half(),
-        )
-        self._ask(layer.stack, window, layer.index)
-
-    # ------------------------------------------------------------------ inside
-
-    def _call(self, stack: str) -> _Call:
-        calls: dict[str, _Call] = self._local.__dict__.setdefault("calls", {})
-        return calls.setdefault(stack, _Call())
-
-    def _stack_module(self, stack: str) -> nn.Module:
-        model: Any = self._model
-        if not self._seq2seq:
-            found: nn.Module = model.base_model
-        else:
-            found = model.get_encoder() if stack == "encoder" else model.get_decoder()
-        return found
-
-    def _start_hook(self, stack: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            call = self._call(stack)
-            call.window = call.hidden = call.router = None
-            ids_BT = kwargs.get("input_ids", args[0] if args else None)
-            if isinstance(ids_BT, Tensor):
-                cache = kwargs.get("past_key_values")
-                past = 0 if cache is None else int(cache.get_seq_length())
-                self._start(stack, call, ids_BT, past, kwargs.get("attention_mask"))
-
-        return hook
-
-    def _norm_hook(self, stack: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self._call(stack).hidden = args[0].detach()
-
-        return hook
-
-    def _router_hook(self, stack: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-            mask_BTE, weights_BT1, logits_BTE = (t.detach() for t in output)
-            self._call(stack).router = (mask_BTE, weights_BT1, logits_BTE)
-
-        return hook
-
-    def _start(self, stack: str, call: _Call, ids_BT: Tensor, past: int, mask: Tensor | None) -> None:
-        """A call through the stack begins: a token more in the window, or a new one over a prompt."""
-        B, T = ids_BT.shape
-        decodes = T == 1 and (past > 0 or (self._seq2seq and stack == "decoder"))
-        predictor = self._predictors.get((stack, "decode" if decodes else "prefill"))
-        window = call.decoded if decodes and past else None
-        call.decoded = None
-        if predictor is None or (past and not decodes):
+        phase = "decode" if start.decodes else "prefill"
+        predictor = self._predictors.get((stack, phase))
+        if predictor is None or (start.past and not start.decodes):
             return
+        B, T = start.ids_BT.shape
+        window = decoded if start.decodes and start.past else None
         if window is None or window.rows != B:
             dropped = self._stacks[stack][0].rule.score == "switch"
-            most = self._history if decodes else min(self._history, T)
-            window = Window(predictor, B, most, dropped, ids_BT.device)
-        if decodes:
-            position_B1 = torch.full_like(ids_BT, past)
-            window.append(ids_BT, position_B1, torch.ones_like(ids_BT, dtype=torch.bool))
-            call.decoded = window
+            most = self._history if start.decodes else min(self._history, T)
+            window = Window(predictor, B, most, dropped, start.ids_BT.device)
+        if start.decodes:
+            position_B1 = torch.full_like(start.ids_BT, start.past)
+            window.append(start.ids_BT, position_B1, torch.ones_like(start.ids_BT, dtype=torch.bool))
         else:
-            window.pick_BT, positions_BT, valid_BT = _last_real(ids_BT, mask, self._history)
-            window.append(ids_BT.gather(1, window.pick_BT), positions_BT, valid_BT)
-        call.window = window
+            window.pick_BT, positions_BT, valid_BT = _last_real(start.ids_BT, start.mask_BT, self._history)
+            window.append(start.ids_BT.gather(1, window.pick_BT), positions_BT, valid_BT)
+        windows[stack, phase] = window
         self._ask(stack, window, -1)
+
+    def passed(self, layer: MoELayer, routed: Routed) -> None:
+        """Foresee from here."""
+        windows = self._windows()
+        for phase in ("decode", "prefill"):
+            window = windows.get((layer.stack, phase))
+            if window is not None:
+                window.know(
+                    layer.index,
+                    experts=routed.experts_BTK,
+                    weights=routed.weights_BTK.half(),
+                    dropped=routed.dropped_BT,
+                    hidden=routed.hidden_BTD.half(),
+                )
+                self._ask(layer.stack, window, layer.index)
+
+    def _windows(self) -> dict[tuple[str, str], Window]:
+        """This thread's windows by stack and phase; of a stack at most one is open."""
+        found: dict[tuple[str, str], Window] = self._local.__dict__.setdefault("windows", {})
+        return found
 
     def _ask(self, stack: str, window: Window, layer: int) -> None:
         batch = window.batch
@@ -350,22 +268,15 @@ def check_predictor(predictor: Foresees, layers: Sequence[MoELayer], model: Any)
         )
 
 
-def _quiet(hook: Callable[..., None]) -> Callable[..., None]:
-    """A hook that torch.compile leaves alone."""
-    quiet: Callable[..., None] = torch.compiler.disable(hook)
-    return quiet
-
-
-def _last_real(ids_BT: Tensor, mask: Tensor | None, most: int) -> tuple[Tensor, Tensor, Tensor]:
+def _last_real(ids_BT: Tensor, real_BT: Tensor | None, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """The last tokens of each prompt with padding moved to the right, as a trace holds it.
 
     Returns:
         Which tokens ``[B, C]``, their positions among the real ones, and which of them are real.
     """
     T = ids_BT.shape[1]
-    real_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-    if isinstance(mask, Tensor) and mask.shape == ids_BT.shape:
-        real_BT = mask.bool()
+    if real_BT is None:
+        real_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     count_B1 = real_BT.sum(1, keepdim=True)
     step_C = torch.arange(min(most, T), device=ids_BT.device)
     start_B1 = (count_B1 - len(step_C)).clamp(min=0)
