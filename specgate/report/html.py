@@ -187,9 +187,11 @@ def _origin(record: Mapping[str, Any]) -> str:
         "hardware": describe_hardware(record["hardware"]),
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
         "code": commit,
-        "documents": f"{record.get('split', 'test')} split, by document; scaling fitted on the validation "
-        "split",
     }
+    if record.get("mode") not in ("live", "replay"):  # nothing is scored there
+        facts["documents"] = (
+            f"{record.get('split', 'test')} split, by document; scaling fitted on the validation split"
+        )
     for trace in record.get("traces", []):
         facts[f"trace {trace['name']}"] = ", ".join(f"sha256 {digest}" for digest in trace["sha256"])
     return "<dl>" + "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items()) + "</dl>"

@@ -18,7 +18,11 @@ from specgate.errors import ConfigError
 from specgate.report.accuracy import AccuracySettings, compare
 from specgate.report.calibration import CalibrationSettings, examine
 from specgate.report.cost import CostSettings, measure
+from specgate.report.live import live as run_live
+from specgate.report.live_settings import LiveSettings
 from specgate.report.quantized import QuantizeSettings, compare_precisions
+from specgate.report.replay import replay as run_replay
+from specgate.report.replay_settings import ReplaySettings
 from specgate.report.transitions import FlowSettings, explore
 from specgate.report.uncertainty import UncertaintySettings, measure_uncertainty
 from specgate.traces.datamodule import RoutingDataModule
@@ -91,11 +95,31 @@ def calibration(
     return examine(CalibrationSettings(**values), traces, shift, console)
 
 
+def replay(
+    cfg: DictConfig, traces: Mapping[str, RoutingDataModule], fitter: Any, console: Console
+) -> dict[str, Any]:
+    """A trace drives real transfers and kernels at a model's true shapes (``specgate.report.replay``)."""
+    values: Any = OmegaConf.to_container(cfg.replay, resolve=True)
+    shape = instantiate(cfg.shape, _convert_="all")
+    return run_replay(ReplaySettings(**values), shape, traces, Path(cfg.paths.run), console)
+
+
+def live(
+    cfg: DictConfig, traces: Mapping[str, RoutingDataModule], fitter: Any, console: Console
+) -> dict[str, Any]:
+    """Real generation through the expert store (``specgate.report.live``); ``data=`` is not looked at."""
+    values: Any = OmegaConf.to_container(cfg.live, resolve=True)
+    shape = instantiate(cfg.shape, _convert_="all")
+    return run_live(LiveSettings(**values), shape, Path(cfg.paths.run), console)
+
+
 MODES: dict[str, Mode] = {
     "accuracy": accuracy,
     "calibration": calibration,
     "cost": cost,
+    "live": live,
     "quantize": quantize,
+    "replay": replay,
     "transitions": transitions,
     "uncertainty": uncertainty,
 }

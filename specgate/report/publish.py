@@ -12,8 +12,10 @@ from specgate.report.calibration_page import publish_calibration
 from specgate.report.cost_page import publish_cost
 from specgate.report.flow_page import publish_transitions
 from specgate.report.html import write_page
+from specgate.report.live_page import publish_live
 from specgate.report.plots import draw_all
 from specgate.report.quantized_page import publish_quantized
+from specgate.report.replay_page import publish_replay
 from specgate.report.style import scored_rows, traces_of
 from specgate.report.tables import (
     Table,
@@ -30,7 +32,9 @@ from specgate.report.uncertainty_page import publish_uncertainty
 PAGES: dict[str, Callable[[Mapping[str, Any], Path, Console | None], Path]] = {
     "calibration": publish_calibration,
     "cost": publish_cost,
+    "live": publish_live,
     "quantize": publish_quantized,
+    "replay": publish_replay,
     "transitions": publish_transitions,
     "uncertainty": publish_uncertainty,
 }

@@ -16,9 +16,12 @@ from typing import Any
 from specgate.errors import SpecgateError
 from specgate.report import zoo
 from specgate.report.calibration_page import calibration_section, is_calibration, slim_calibration
+from specgate.report.live_page import is_live, live_section, slim_live
 from specgate.report.quantized_page import is_quantized, quantized_section, slim_quantized
 from specgate.report.record import describe_hardware, read_record, write_json
+from specgate.report.replay_page import is_replay, replay_section, slim_replay
 from specgate.report.running import is_running, running_section, slim_running
+from specgate.report.store_paths_page import is_store_paths, slim_store_paths, store_paths_section
 from specgate.report.style import scored_rows, slug, traces_of
 from specgate.report.tables import calibration_table, detail_table, summary_table, trace_table
 from specgate.report.uncertainty_page import is_uncertainty, slim_uncertainty, uncertainty_section
@@ -63,6 +66,12 @@ def slim(record: Mapping[str, Any]) -> dict[str, Any]:
         return kept | slim_uncertainty(record)
     if is_quantized(record):
         return kept | slim_quantized(record)
+    if is_replay(record):
+        return kept | slim_replay(record)
+    if is_live(record):
+        return kept | slim_live(record)
+    if is_store_paths(record):
+        return kept | slim_store_paths(record)
     kept["rows"] = [{k: v for k, v in row.items() if k not in DROPPED} for row in scored_rows(record)]
     if "load" in kept:
         kept["load"] = {
@@ -73,7 +82,8 @@ def slim(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def default_name(record: Mapping[str, Any]) -> str:
     """A file name that says what ran: ``benchmark-accuracy-switch_ref_encoder``."""
-    subject = [record["model"]] if "stacks" in record else traces_of(record.get("rows", []))
+    named = "stacks" in record or is_live(record)
+    subject = [record["model"]] if named else traces_of(record.get("rows", []))
     words = [Path(record["entry"]).stem, record.get("mode", ""), *subject]
     return slug("-".join(word for word in words if word))
 
@@ -85,7 +95,7 @@ def store(run: str | Path, folder: Path, name: str | None = None) -> Path:
         SpecgateError: if the run has no metrics.json or that has no rows.
     """
     record = read_record(run)
-    if not record.get("rows") and not is_running(record):
+    if not (record.get("rows") or is_running(record) or is_store_paths(record)):
         raise SpecgateError(
             f"{run} measured no accuracy (no rows): give a run of benchmark.py mode=accuracy, of collect.py "
             "or of benchmarks.recorder_overhead"
@@ -116,6 +126,12 @@ def _section(name: str, record: Mapping[str, Any]) -> list[str]:
         return [f"## {name}", "", *_origin(record), "", *uncertainty_section(record), ""]
     if is_quantized(record):
         return [f"## {name}", "", *_origin(record), "", *quantized_section(record), ""]
+    if is_replay(record):
+        return [f"## {name}", "", *_origin(record), "", *replay_section(record), ""]
+    if is_live(record):
+        return [f"## {name}", "", *_origin(record), "", *live_section(record), ""]
+    if is_store_paths(record):
+        return [f"## {name}", "", *_origin(record), "", *store_paths_section(record), ""]
     rows, load = scored_rows(record), record.get("load", {})
     split = record.get("split", "test")
     parts = [f"## {name}" + ("" if split == "test" else f" ({split} split)"), "", *_origin(record), ""]

@@ -1,0 +1,158 @@
+"""The documents of a trace as a replay runs them, and what is foreseen at each point of them.
+
+Letters: T tokens of a document, L MoE layers, P = L + 1 source points, H horizons, E experts, K experts per
+token. Point p = 0 is before the first MoE layer, p = l + 1 is once layer l's router has chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specgate.calibration.load import check_compatible
+from specgate.errors import ConfigError
+from specgate.predictors.base import Predictor
+from specgate.traces.batch import INVALID, RoutingBatch
+from specgate.traces.datamodule import RoutingDataModule
+from specgate.traces.windows import WindowDataset
+
+SPLITS = ("test", "validation", "train")
+
+#: What is asked for at one point: layer, horizon, (expert, probability) of each, most probable first.
+Wanted = list[tuple[int, int, list[tuple[int, float]]]]
+#: ``plan[t][p]``.
+Plan = list[list[Wanted]]
+
+
+@dataclass
+class Document:
+    """Tokens of a trace that are replayed one by one.
+
+    Attributes:
+        name: of the document.
+        experts_TLK: their experts in rank order.
+        weights_TLK: the router's weights of those.
+        plans: what is asked for ahead, by the kind of foresight.
+    """
+
+    name: str
+    experts_TLK: list[list[list[int]]]
+    weights_TLK: Tensor
+    plans: dict[str, Plan] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.experts_TLK)
+
+    def events(self) -> list[tuple[int, list[int]]]:
+        """All calls in order: layer and experts."""
+        return [(layer, experts) for token in self.experts_TLK for layer, experts in enumerate(token)]
+
+
+def choose_windows(data: RoutingDataModule, split: str, count: int, tokens: int) -> list[RoutingBatch]:
+    """``count`` windows of a split, spread evenly over those that have ``tokens`` scored tokens.
+
+    Raises:
+        ConfigError: if there are not so many, or the data set is held in a device's memory.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split={split} is unknown; choose one of {', '.join(SPLITS)}.")
+    loaders = {
+        "test": data.test_dataloader,
+        "validation": data.val_dataloader,
+        "train": data.train_dataloader,
+    }
+    dataset = loaders[split]().dataset
+    if not isinstance(dataset, WindowDataset):
+        raise ConfigError(
+            f"data.cache={data.cache} is not for a replay, which reads few windows; leave it out."
+        )
+    long_W = np.nonzero(dataset.table.length >= tokens)[0]
+    if len(long_W) < count:
+        longest = int(dataset.table.length.max())
+        raise ConfigError(
+            f"The {split} split has {len(long_W)} windows of {tokens} tokens (the longest has {longest}), "
+            f"and {count} are asked for; choose fewer documents or tokens, or a larger data.window."
+        )
+    picked = long_W[np.linspace(0, len(long_W) - 1, count).round().astype(int)]
+    return [dataset[int(index)] for index in picked]
+
+
+def document_of(batch: RoutingBatch, tokens: int, name: str) -> tuple[Document, Tensor]:
+    """The first ``tokens`` scored tokens of a window, and which tokens of the window they are."""
+    keep_T = batch.mask_BT[0].nonzero().flatten()[:tokens]
+    experts_TLK = batch.experts_BTLK[0, keep_T]
+    return Document(name, experts_TLK.tolist(), batch.weights_BTLK[0, keep_T].float()), keep_T
+
+
+@torch.no_grad()
+def forecast_plan(predictor: Predictor, batch: RoutingBatch, keep_T: Tensor, threshold: float) -> Plan:
+    """What a predictor asks for: every expert of at least ``threshold``, nearest horizon first.
+
+    Args:
+        batch: the window, with its context.
+        keep_T: its tokens that are replayed.
+    """
+    p_TPHE = predictor.probabilities(batch)[0, keep_T].float()
+    T, P, _, _ = p_TPHE.shape
+    layers = P - 1
+    good_TPHE = (p_TPHE >= threshold) & (predictor.kinds != INVALID)[None, :, :, None].to(p_TPHE.device)
+    plan: Plan = [[[] for _ in range(P)] for _ in range(T)]
+    found: dict[tuple[int, int, int], list[tuple[int, float]]] = {}
+    for (t, p, h, e), value in zip(good_TPHE.nonzero().tolist(), p_TPHE[good_TPHE].tolist(), strict=True):
+        found.setdefault((t, p, h), []).append((e, min(value, 1.0)))
+    for (t, p, h), wanted in found.items():  # in ascending order of t, p, h
+        plan[t][p].append(((p + h) % layers, h + 1, sorted(wanted, key=lambda pair: -pair[1])))
+    return plan
+
+
+def oracle_plan(document: Document, horizons: int) -> Plan:
+    """What one asks for who knows the next ``horizons`` calls of the document."""
+    events = document.events()
+    layers = len(document.experts_TLK[0])
+    plan: Plan = []
+    for t in range(len(document)):
+        points: list[Wanted] = []
+        for point in range(layers + 1):
+            first = t * layers + point
+            coming = events[first : first + horizons]
+            points.append(
+                [(layer, h, [(e, 1.0) for e in experts]) for h, (layer, experts) in enumerate(coming, 1)]
+            )
+        plan.append(points)
+    return plan
+
+
+def load_documents(
+    data: RoutingDataModule,
+    split: str,
+    count: int,
+    tokens: int,
+    horizons: int,
+    predictor: Predictor | None = None,
+    threshold: float = 0.2,
+) -> list[Document]:
+    """The documents with their plans: ``oracle``, and ``forecast`` where there is a predictor.
+
+    Raises:
+        ConfigError: see :func:`choose_windows`.
+        CheckpointError: if the predictor was made for another trace.
+    """
+    if predictor is not None:
+        check_compatible(predictor, data.spec)
+    documents = []
+    for batch in choose_windows(data, split, count, tokens):
+        document, keep_T = document_of(batch, tokens, data.documents[int(batch.document_B[0])])
+        document.plans["oracle"] = oracle_plan(document, horizons)
+        if predictor is not None:
+            document.plans["forecast"] = forecast_plan(predictor, batch, keep_T, threshold)
+        documents.append(document)
+    return documents
+
+
+def all_events(documents: Sequence[Document]) -> list[tuple[int, list[int]]]:
+    """The calls of several documents, one after the other."""
+    return [event for document in documents for event in document.events()]
