@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,14 @@ def test_checkpoints_in_shards_and_stacked(tmp_path: Path, folder: Path) -> None
     for name in ("shards", "stacked"):
         with opened(tmp_path / name, 5, verify=True) as model:
             assert_same(run(model, TOKENS), wanted)
+
+
+def test_the_example_of_the_docs_runs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "offload.md").read_text(), flags=re.DOTALL)
+    exec(code, {})
+    printed = capsys.readouterr().out
+    assert "expert slots" in printed
+    assert int(printed.split()[-1]) > 0
 
 
 # ---------------------------------------------------------------------- what it does not do
