@@ -30,6 +30,7 @@ LOOKS = {
     "accelerate_cpu": Look("#CC3311", "_", "-."),
     "accelerate_disk": Look("#661100", "_", (0, (1, 3))),  # type: ignore[arg-type]
 }
+SPARE = ("#332288", "#6699CC", "#882255", "#44AA99", "#661100", "#EE7733")  # of variants with a threshold
 PARTS = {
     "compute_share": ("computing", "#117733"),
     "stall_share": ("waiting for experts", "#CC6677"),
@@ -49,9 +50,14 @@ LANE_COLORS = {
 LANE_TITLES = {"dense": "dense part", "experts": "experts", "wait": "waiting"}
 
 
-def look_of(variant: str) -> Look:
-    """Colour, marker and line of a variant."""
-    return LOOKS.get(variant, Look("#6699CC", "X"))
+def look_of(variant: str, variants: Sequence[str]) -> Look:
+    """Colour, marker and line of a variant; those with a threshold of their own differ in colour."""
+    base, found, _ = variant.partition(":")
+    look = LOOKS.get(base, Look("#6699CC", "X"))
+    if not found:
+        return look
+    alike = [name for name in variants if ":" in name]
+    return Look(SPARE[alike.index(variant) % len(SPARE)], look.marker, look.line)
 
 
 def is_line(rows: Sequence[Row], variant: str) -> bool:
@@ -67,7 +73,7 @@ def speed_against_budget(rows: Sequence[Row], title: str) -> Figure:
     shares = sorted({100 * row["residency"] for row in rows if row["budgeted"]})
     lines = [variant for variant in variants if is_line(rows, variant)]
     for variant in variants:
-        look, mine = look_of(variant), [row for row in rows if row["variant"] == variant]
+        look, mine = look_of(variant, variants), [row for row in rows if row["variant"] == variant]
         if not is_line(rows, variant):
             speed = mine[0]["tokens_per_second"]
             axes.axhline(speed, color=look.color, linestyle=look.line, linewidth=1.6, label=variant)
@@ -78,7 +84,7 @@ def speed_against_budget(rows: Sequence[Row], title: str) -> Figure:
         y = [row["tokens_per_second"] for row in mine]
         low = [row["tokens_per_second"] - row["tokens_per_second_low"] for row in mine]
         high = [row["tokens_per_second_high"] - row["tokens_per_second"] for row in mine]
-        strong = variant in ("forecast", "offload_predictor", "oracle")
+        strong = variant.partition(":")[0] in ("forecast", "offload_predictor", "oracle")
         axes.errorbar(
             x, y, yerr=[low, high], color=look.color, marker=look.marker, linewidth=2.2 if strong else 1.4,
             markersize=8 if strong else 6, capsize=3, label=variant, zorder=3 if strong else 2,
@@ -181,8 +187,11 @@ def choose_timelines(timelines: Sequence[Mapping[str, Any]], most: int = 5) -> l
         "oracle",
         "resident",
     )
-    found = [t for t in timelines if t["residency"] in (0.0, share, 1.0) and t["variant"] in wanted]
-    by_name = {t["variant"]: t for t in found if t["residency"] in (0.0, share) or t["variant"] == "resident"}
+    by_name: dict[str, Mapping[str, Any]] = {}
+    for t in timelines:
+        name = t["variant"].partition(":")[0]
+        if t["residency"] in (0.0, share) or name == "resident":
+            by_name.setdefault(name, t)
     return [by_name[name] for name in wanted if name in by_name][:most]
 
 

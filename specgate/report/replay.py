@@ -32,11 +32,12 @@ from specgate.report.meters import NO_ENERGY, EnergyCounter, Meter
 from specgate.report.partial import Partial
 from specgate.report.replay_rows import make_rows
 from specgate.report.replay_run import Body, Probe, Runner, SlotExperts
-from specgate.report.replay_settings import VARIANTS, Entry, ReplaySettings, entries
+from specgate.report.replay_settings import Entry, ReplaySettings, entries, plan_name, variant_of
 from specgate.report.replay_shape import ModelShape, check_trace
 from specgate.report.replay_store import RandomBlocks, Stores
 from specgate.report.replay_trace import all_events, load_documents
 from specgate.report.spans import Span, hidden, total, transfers, write_chrome
+from specgate.report.style import slug
 from specgate.runtime import native
 from specgate.runtime.store import StoreSettings
 from specgate.traces.datamodule import RoutingDataModule
@@ -73,7 +74,7 @@ class Replay:
         self.device = resolve_device(settings.device)
         native.require()
         predictor = None
-        wanted = [name for name in settings.variants if VARIANTS[name].foresight == "forecast"]
+        wanted = [name for name in settings.variants if variant_of(name)[0].foresight == "forecast"]
         if settings.checkpoints and wanted:
             predictor = load_predictor(find_checkpoint(settings.checkpoints[0]))
         self.entries = entries(settings, shape, predictor is not None)
@@ -83,9 +84,11 @@ class Replay:
             [] if predictor else [{"variant": n, "reason": "no predictor is named"} for n in wanted]
         )
         self.predictor = None if predictor is None else predictor.name
+        own = {name: variant_of(name)[1] for name in wanted}
+        thresholds = {plan_name(n): settings.threshold if p is None else p for n, p in own.items()}
         self.documents = load_documents(
             data, settings.split, settings.warmup + settings.documents, settings.tokens,
-            settings.lookahead, predictor, settings.threshold,
+            settings.lookahead, predictor, thresholds,
         )  # fmt: skip
         known = asdict(settings) | {"resume": None, "trace": trace, "shape": shape.describe()}
         self.partial = Partial(folder, known, settings.resume)
@@ -176,7 +179,7 @@ class Replay:
 
     def measure(self, entry: Entry, stores: Stores, body: Body, watched: bool) -> dict[str, Any]:
         """One entry: a new store, the warm-up documents, the others."""
-        kind = VARIANTS[entry.name]
+        kind = entry.kind
         settings = StoreSettings(
             eviction=kind.eviction,
             prefetch_copy_bytes=self.settings.prefetch_mib << 20,
@@ -190,7 +193,7 @@ class Replay:
                 store.set_future(all_events(self.documents))
             arenas = {name: store.arena(name) for name in self.shape.pieces}
             experts = SlotExperts(self.shape, arenas, self.settings.kernels)
-            runner = Runner(body, experts, store, kind.foresight, kind.slots == "all")
+            runner = Runner(body, experts, store, entry.plan(), kind.slots == "all")
             body.restart()
             if entry.slots >= blocks and kind.slots == "residency":
                 store.warm()
@@ -232,7 +235,7 @@ class Replay:
         }
         cut = {lane: spans for lane, spans in cut.items() if spans}
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = write_chrome(self.folder / f"timeline-{entry.name}-{entry.residency:g}.json", cut)
+        path = write_chrome(self.folder / f"timeline-{slug(entry.name)}-{entry.residency:g}.json", cut)
         behind = hidden(moved, compute)
         return {
             "seconds": seconds,

@@ -10,7 +10,7 @@ import numpy as np
 
 from specgate.errors import StoreError
 from specgate.report.evaluate import labels_of
-from specgate.report.replay_settings import VARIANTS, Entry
+from specgate.report.replay_settings import Entry
 
 if TYPE_CHECKING:
     from specgate.report.replay import Replay
@@ -41,7 +41,7 @@ def make_rows(replay: Replay, measured: Measured) -> tuple[list[dict[str, Any]],
         rounds = [measured[turn, entry.key] for turn in range(repeats)]
         watched = measured[repeats, entry.key]["watched"]
         row = {**labelled, "variant": entry.name, "residency": entry.residency, "slots": entry.slots}
-        row |= {"budgeted": entry.budgeted, "about": VARIANTS[entry.name].about}
+        row |= {"budgeted": entry.budgeted, "about": entry.kind.about}
         row |= speed(rounds, speeds[entry.key])
         for base in ("on_demand", "resident"):
             against = next((v for k, v in speeds.items() if k.startswith(f"{base}@")), None)

@@ -45,12 +45,34 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+def variant_of(name: str) -> tuple[Variant, float | None]:
+    """The variant that a name means, and its own threshold: ``forecast:0.5`` is ``forecast`` from p = 0.5 on.
+
+    Raises:
+        ConfigError: for an unknown name, or a threshold that makes no sense.
+    """
+    base, found, text = name.partition(":")
+    if base not in VARIANTS:
+        raise ConfigError(f"replay.variants names {name}; choose among {', '.join(VARIANTS)}.")
+    if not found:
+        return VARIANTS[base], None
+    if VARIANTS[base].foresight != "forecast":
+        raise ConfigError(f"replay.variants names {name}, and {base} has no threshold; write {base}.")
+    try:
+        threshold = float(text)
+    except ValueError:
+        threshold = -1.0
+    if not 0 <= threshold <= 1:
+        raise ConfigError(f"replay.variants names {name}; after the colon comes a probability, 0 to 1.")
+    return VARIANTS[base], threshold
+
+
 @dataclass
 class ReplaySettings:
     """What to replay and how.
 
     Attributes:
-        variants: of :data:`VARIANTS`.
+        variants: of :data:`VARIANTS`; ``forecast:0.5`` has a threshold of its own.
         residency: shares of all experts that have a slot.
         checkpoints: of a predictor of the trace's routing, one at most; without, variants that need it are
             left out.
@@ -92,8 +114,7 @@ class ReplaySettings:
 
     def __post_init__(self) -> None:
         for name in self.variants:
-            if name not in VARIANTS:
-                raise ConfigError(f"replay.variants names {name}; choose among {', '.join(VARIANTS)}.")
+            variant_of(name)
         if not self.variants or len(set(self.variants)) != len(self.variants):
             raise ConfigError(f"replay.variants={list(self.variants)} must name each variant once, and some.")
         shares = list(self.residency)
@@ -114,6 +135,12 @@ class ReplaySettings:
             raise ConfigError(f"replay.host={self.host} is no share of the experts; write 0 to 1.")
 
 
+def plan_name(name: str) -> str:
+    """Under which name a document keeps the plan of a variant."""
+    kind, threshold = variant_of(name)
+    return f"{kind.foresight}" if threshold is None else f"{kind.foresight}:{threshold:g}"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One variant at one residency.
@@ -131,7 +158,16 @@ class Entry:
     @property
     def budgeted(self) -> bool:
         """Whether the residency was chosen, not given by the variant."""
-        return VARIANTS[self.name].slots == "residency"
+        return self.kind.slots == "residency"
+
+    @property
+    def kind(self) -> Variant:
+        """The variant."""
+        return variant_of(self.name)[0]
+
+    def plan(self) -> str | None:
+        """Which of a document's plans it follows."""
+        return None if self.kind.foresight is None else plan_name(self.name)
 
     @property
     def key(self) -> str:
@@ -148,7 +184,7 @@ def entries(settings: ReplaySettings, shape: ModelShape, predicts: bool) -> list
     count, least = shape.layers * shape.experts, shape.top_k
     found = []
     for name in settings.variants:
-        kind = VARIANTS[name]
+        kind = variant_of(name)[0]
         if kind.foresight == "forecast" and not predicts:
             continue
         if kind.slots != "residency":

@@ -6,7 +6,7 @@ token. Point p = 0 is before the first MoE layer, p = l + 1 is once layer l's ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,6 +21,7 @@ from specgate.traces.datamodule import RoutingDataModule
 from specgate.traces.windows import WindowDataset
 
 SPLITS = ("test", "validation", "train")
+FORECAST = {"forecast": 0.2}  # plan -> its threshold
 
 #: What is asked for at one point: layer, horizon, (expert, probability) of each, most probable first.
 Wanted = list[tuple[int, int, list[tuple[int, float]]]]
@@ -133,9 +134,9 @@ def load_documents(
     tokens: int,
     horizons: int,
     predictor: Predictor | None = None,
-    threshold: float = 0.2,
+    thresholds: Mapping[str, float] = FORECAST,
 ) -> list[Document]:
-    """The documents with their plans: ``oracle``, and ``forecast`` where there is a predictor.
+    """The documents with their plans: ``oracle``, and where there is a predictor those of ``thresholds``.
 
     Raises:
         ConfigError: see :func:`choose_windows`.
@@ -148,7 +149,8 @@ def load_documents(
         document, keep_T = document_of(batch, tokens, data.documents[int(batch.document_B[0])])
         document.plans["oracle"] = oracle_plan(document, horizons)
         if predictor is not None:
-            document.plans["forecast"] = forecast_plan(predictor, batch, keep_T, threshold)
+            for plan, threshold in thresholds.items():
+                document.plans[plan] = forecast_plan(predictor, batch, keep_T, threshold)
         documents.append(document)
     return documents
 

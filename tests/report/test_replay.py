@@ -100,7 +100,7 @@ def test_all_variants_compute_what_the_model_computes(
 ) -> None:
     made = shape() if family == "olmoe" else ModelShape("oss", GPT_OSS, "float32")
     place, blocks = torch.device(device), RandomBlocks(made)
-    (document,) = load_documents(data_of(trace), "test", 1, 4, 2, load_predictor(checkpoint), 0.2)
+    (document,) = load_documents(data_of(trace), "test", 1, 4, 2, load_predictor(checkpoint))
     body = Body(made, place, head=False)
     digests, hidden = set(), {}
     with Stores(blocks, place) as stores:
@@ -281,6 +281,8 @@ def test_interrupted_run_goes_on(trace: Path, tmp_path: Path, monkeypatch: pytes
             "replay.variants names magic; choose among on_demand, lru",
         ),
         ({"variants": ["lru", "lru"]}, ConfigError, "each variant once"),
+        ({"variants": ["lru:0.5"]}, ConfigError, "names lru:0.5, and lru has no threshold"),
+        ({"variants": ["forecast:2"]}, ConfigError, "names forecast:2; after the colon comes a probability"),
         ({"variants": ["forecast"]}, ConfigError, "need a predictor; name its run in checkpoints"),
         (
             {"residency": [0.03]},
