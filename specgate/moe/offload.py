@@ -147,8 +147,10 @@ class Offload:
         plan, options = self.plan, self._options
         if options["store"] == "simple":
             return SimpleStore(source, plan.slots, self._device, options["eviction"], options["poison"])
-        settings = StoreSettings(eviction=options["eviction"], poison=options["poison"])
-        return ExpertStore(source, plan.slots, plan.host, self._device, settings)
+        # On the CPU host memory is the device's, which the budget bounds: the page cache is the host tier.
+        paged = self._device.type == "cpu" and plan.host is None
+        settings = StoreSettings(eviction=options["eviction"], poison=options["poison"], direct=not paged)
+        return ExpertStore(source, plan.slots, 0 if paged else plan.host, self._device, settings)
 
     def _forecaster(self, model: nn.Module, runner: ExpertRunner) -> Forecaster | KernelForecaster:
         """The kernel if it runs the predictors, else torch."""
@@ -205,7 +207,8 @@ def offload(
             phases; it speaks in the phase that it was trained for. None: a plain cache of experts.
         device: ``auto`` (the GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``.
         dtype: ``auto`` is the model's own.
-        host_gb: host memory for experts; None leaves it to the store.
+        host_gb: host memory for experts; None is half of what is free beside a GPU, and none beside the CPU,
+            where the system's page cache does as well.
         packed: a file written by ``python -m specgate.runtime.pack``; None reads the model's own files.
         eviction: which expert goes when room is needed: ``lru``, ``lfu``, ``lfru``, ``static``, ``forecast``.
         experts_implementation: ``eager``, ``batched_mm``, ``grouped_mm``; None is transformers' choice.

@@ -32,6 +32,7 @@ from specgate.moe.offload_kernels import (
     SwitchFace,
     implementation_of,
     pages_of,
+    plain_attributes,
     run_original,
     used_experts,
 )
@@ -72,6 +73,7 @@ class OffloadedExperts:
     original: type[nn.Module]
     shapes: dict[str, tuple[int, ...]]
     tensor_names: list[str]
+    plain: dict[str, Any]
     num_experts: int
     layer: int = -1
     runner: ExpertRunner | None = None
@@ -130,6 +132,7 @@ def empty_experts(module: nn.Module) -> None:
         names = list(shapes)
         for name in names:
             del module._parameters[name]
+        experts.plain = plain_attributes(module)
     module.__class__ = _offloaded_class(original)
     experts.shapes, experts.tensor_names = shapes, names
 
@@ -251,12 +254,12 @@ class ExpertRunner:
         if isinstance(module, nn.ModuleDict):
             face: Face = SwitchFace(module, here.views, here.places.__getitem__)
         elif here.in_order:
-            face = Face(module, here.views)
+            face = here.face_of(module)
         elif implementation_of(module) == "eager":
             lookups = {name: Lookup(view, here.places.__getitem__) for name, view in here.views.items()}
-            face = Face(module, lookups)
+            face = Face(module, lookups, module.plain)
         else:
-            face = Face(module, here.views)
+            face = here.face_of(module)
             routing = here.table_on(routing.device)[routing]
         return run_original(module, face, hidden_ND, routing, weights)
 
@@ -269,7 +272,8 @@ class ExpertRunner:
             if isinstance(module, nn.ModuleDict):
                 face: Face = SwitchFace(module, self._arenas, visits.slot)
             else:
-                face = Face(module, {n: Lookup(a, visits.slot) for n, a in self._arenas.items()})
+                lookups = {name: Lookup(arena, visits.slot) for name, arena in self._arenas.items()}
+                face = Face(module, lookups, module.plain)
             return run_original(module, face, hidden_ND, routing, weights)
 
     def _run_by_index(
@@ -301,6 +305,13 @@ class _Resident:
         self.views, self.places = views, places
         self.in_order = places == sorted(places)
         self._table_E: Tensor | None = None
+        self._face: Face | None = None
+
+    def face_of(self, module: Any) -> Face:
+        """The module's face, made once."""
+        if self._face is None:
+            self._face = Face(module, self.views, module.plain)
+        return self._face
 
     def table_on(self, device: torch.device) -> Tensor:
         """``places`` as a tensor, made once."""

@@ -10,11 +10,12 @@ slots, G slots of a page.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.func import functional_call
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from specgate.errors import ConfigError
 
@@ -25,14 +26,29 @@ MANY = 4096  # indices from which on the device says which experts there are
 
 
 class Face:
-    """Stands in for an experts module while its class's own ``forward`` runs: some attributes are its own,
-    all others the module's."""
+    """Stands in for a module while its class's own ``forward`` runs: some attributes are its own, all others
+    the module's.
 
-    def __init__(self, module: Any, own: Mapping[str, Any], **more: Any) -> None:
-        self.__dict__.update(own, **more, _module=module)
+    Args:
+        module: the module.
+        own: the face's attributes, and ``more``.
+        plain: attributes of the module that never change, copied since that is faster than asking for them.
+    """
+
+    def __init__(
+        self, module: Any, own: Mapping[str, Any], plain: Mapping[str, Any] | None = None, **more: Any
+    ) -> None:
+        self.__dict__.update(plain or {}, **own, **more, _module=module)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """What a :class:`Face` may copy of an experts module: sizes, flags, configuration, activation."""
+    found = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    found.pop("training")
+    return found | dict(module._modules)
 
 
 class SwitchFace(Face):
@@ -44,8 +60,18 @@ class SwitchFace(Face):
     def __getitem__(self, key: str) -> Callable[[Tensor], Tensor]:
         slot = self._slot(int(key.removeprefix("expert_")))
         (template,) = self._module.template
-        tensors = {f"{name}.weight": arena[slot] for name, arena in self._arenas.items()}
-        return lambda hidden: functional_call(template, tensors, (hidden,))
+        face = Face(template, {name: Linear(arena[slot]) for name, arena in self._arenas.items()})
+        return partial(type(template).forward, face)
+
+
+class Linear:
+    """What a loop over expert modules asks of ``nn.Linear``."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight)
 
 
 class Lookup:
@@ -86,7 +112,7 @@ class Rows:
     def whole(self, experts: list[int], slots: list[int], base: int, width: int) -> Tensor:
         """The call as it is, with slots for experts."""
         index_NK = self._slot_of(experts, slots, base, 0)
-        face = Face(self._module, self._page(base, width), num_experts=width)
+        face = Face(self._module, self._page(base, width), self._module.plain, num_experts=width)
         return run_original(self._module, face, self._hidden_ND, index_NK, self._weights_NK)
 
     def add(self, experts: list[int], slots: list[int], base: int, width: int) -> None:
@@ -98,7 +124,8 @@ class Rows:
         if self._repeated_MD is None:
             self._repeated_MD = self._hidden_ND.repeat_interleave(self._index_NK.shape[1], dim=0)
         one_M1 = torch.ones(len(slot_M), 1, dtype=self._dtype, device=slot_M.device)
-        face = Face(self._module, self._page(base, width), num_experts=width, _is_expert_parallel=True)
+        more = {"num_experts": width, "_is_expert_parallel": True}
+        face = Face(self._module, self._page(base, width), self._module.plain, **more)
         rows_MD = run_original(self._module, face, self._repeated_MD, slot_M[:, None], one_M1)
         if self._rows_MD is not None:
             rows_MD = torch.where((slot_M < width)[:, None], rows_MD, self._rows_MD)

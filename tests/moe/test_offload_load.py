@@ -111,7 +111,7 @@ def test_peak_memory_is_not_the_models(tmp_path: Path) -> None:
     assert experts > 70e6
     del host
     gc.collect()
-    made = opened(tmp_path, host_gb=0.0)
+    made = opened(tmp_path)
     clear = Path("/proc/self/clear_refs")
     try:
         clear.write_text("5")
