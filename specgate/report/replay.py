@@ -27,15 +27,15 @@ from rich.progress import (
 from specgate.calibration.load import find_checkpoint, load_predictor
 from specgate.errors import ConfigError
 from specgate.moe.hosts import resolve_device
-from specgate.report.identity import trace_identity
 from specgate.report.meters import NO_ENERGY, EnergyCounter, Meter
 from specgate.report.partial import Partial
 from specgate.report.replay_rows import make_rows
 from specgate.report.replay_run import Body, Probe, Runner, SlotExperts
+from specgate.report.replay_script import Script, load_script, make_script, save_script
 from specgate.report.replay_settings import Entry, ReplaySettings, entries, plan_name, variant_of
 from specgate.report.replay_shape import ModelShape, check_trace
 from specgate.report.replay_store import RandomBlocks, Stores
-from specgate.report.replay_trace import all_events, load_documents
+from specgate.report.replay_trace import all_events, make_plans
 from specgate.report.spans import Span, hidden, total, transfers, write_chrome
 from specgate.report.style import slug
 from specgate.runtime import native
@@ -68,31 +68,45 @@ class Replay:
     ) -> None:
         self.settings, self.shape, self.trace, self.data = settings, shape, trace, data
         self.folder, self.console = folder, console or Console(quiet=True)
-        spec = data.spec
-        check_trace(shape, trace, spec.layers, spec.experts, spec.top_k)
         shape.layout(settings.codec)
         self.device = resolve_device(settings.device)
         native.require()
-        predictor = None
         wanted = [name for name in settings.variants if variant_of(name)[0].foresight == "forecast"]
-        if settings.checkpoints and wanted:
-            predictor = load_predictor(find_checkpoint(settings.checkpoints[0]))
-        self.entries = entries(settings, shape, predictor is not None)
+        self.script = self._script(bool(wanted))
+        predicts = self.script.predictor is not None
+        self.entries = entries(settings, shape, predicts)
         if not self.entries:
             raise ConfigError("All of replay.variants need a predictor; name its run in checkpoints=[...].")
-        self.skipped = (
-            [] if predictor else [{"variant": n, "reason": "no predictor is named"} for n in wanted]
-        )
-        self.predictor = None if predictor is None else predictor.name
+        left = [] if predicts else wanted
+        self.skipped = [{"variant": name, "reason": "no predictor is named"} for name in left]
         own = {name: variant_of(name)[1] for name in wanted}
         thresholds = {plan_name(n): settings.threshold if p is None else p for n, p in own.items()}
-        self.documents = load_documents(
-            data, settings.split, settings.warmup + settings.documents, settings.tokens,
-            settings.lookahead, predictor, thresholds,
-        )  # fmt: skip
+        self.documents = self.script.documents
+        make_plans(self.documents, settings.lookahead, thresholds)
         known = asdict(settings) | {"resume": None, "trace": trace, "shape": shape.describe()}
         self.partial = Partial(folder, known, settings.resume)
         self.energy = EnergyCounter(self.device)
+
+    def _script(self, predicts: bool) -> Script:
+        """From the file, or from the trace; then the file is written, if one is named."""
+        settings, data = self.settings, self.data
+        file = None if settings.script is None else Path(settings.script)
+        count = settings.warmup + settings.documents
+        if file is not None and file.exists():
+            script = load_script(file)
+            self.trace = script.trace
+            made = script.identity
+            check_trace(self.shape, script.trace, made["layers"], made["experts"], made["top_k"])
+            return script.part(count, settings.tokens)
+        spec, predictor = data.spec, None
+        check_trace(self.shape, self.trace, spec.layers, spec.experts, spec.top_k)
+        if settings.checkpoints and predicts:
+            predictor = load_predictor(find_checkpoint(settings.checkpoints[0]))
+        script = make_script(self.trace, data, settings.split, count, settings.tokens, predictor)
+        if file is not None:
+            save_script(script, file)
+            self.console.print(f"{file}: {count} documents, to be replayed elsewhere", highlight=False)
+        return script
 
     def plan(self) -> list[tuple[int, Entry]]:
         """Rounds and entries in the order of measurement; the last round is the watched one."""
@@ -120,8 +134,8 @@ class Replay:
         self.partial.finish()
         return {
             "mode": "replay",
-            "split": self.settings.split,
-            "traces": [trace_identity(self.data, self.trace)],
+            "split": self.script.split,
+            "traces": [dict(self.script.identity)],
             "shape": self.shape.describe(),
             "replay": self.about(),
             "rows": rows,
@@ -149,7 +163,7 @@ class Replay:
             name: getattr(self.settings, name) for name in (*kept, "threshold", "lookahead", "prefetch_mib")
         } | {
             "device": str(self.device),
-            "predictor": self.predictor,
+            "predictor": self.script.predictor,
             "slot_bytes": layout.slot_bytes,
             "block_bytes": layout.block_bytes,
             "energy": self.energy.available,

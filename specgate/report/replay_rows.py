@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from specgate.errors import StoreError
-from specgate.report.evaluate import labels_of
 from specgate.report.replay_settings import Entry
 
 if TYPE_CHECKING:
@@ -35,12 +34,16 @@ def make_rows(replay: Replay, measured: Measured) -> tuple[list[dict[str, Any]],
     """
     repeats, rows, timelines = replay.settings.repeats, [], []
     check_values(measured)
-    labelled = {k: v for k, v in labels_of(replay.data, replay.trace).items() if k != "split"}
     speeds = {entry.key: speeds_of(measured, entry, repeats) for entry in replay.entries}
     for entry in replay.entries:
         rounds = [measured[turn, entry.key] for turn in range(repeats)]
         watched = measured[repeats, entry.key]["watched"]
-        row = {**labelled, "variant": entry.name, "residency": entry.residency, "slots": entry.slots}
+        row = {
+            **replay.script.labels,
+            "variant": entry.name,
+            "residency": entry.residency,
+            "slots": entry.slots,
+        }
         row |= {"budgeted": entry.budgeted, "about": entry.kind.about}
         row |= speed(rounds, speeds[entry.key])
         for base in ("on_demand", "resident"):

@@ -79,6 +79,8 @@ class ReplaySettings:
         threshold: experts less probable are not fetched ahead. lookahead: calls ahead that the oracle knows.
         codec: of the blocks: ``none``, ``int8``, ``int4`` or ``fp8``.
         tier: ``memory`` or ``file``. host: share of the experts in host memory with ``tier=file``.
+        script: a file with the documents and the predictor's forecasts of them; written if it is not there,
+            else read, and then neither the trace nor the predictor is needed.
         split, documents, tokens: which documents of the trace, how many and how long. warmup: of them, so
             many are run before anything is measured.
         repeats: rounds of all variants.
@@ -98,6 +100,7 @@ class ReplaySettings:
     codec: str = "none"
     tier: str = "memory"
     host: float = 0.5
+    script: str | None = None
     split: str = "test"
     documents: int = 4
     tokens: int = 32

@@ -21,7 +21,6 @@ from specgate.traces.datamodule import RoutingDataModule
 from specgate.traces.windows import WindowDataset
 
 SPLITS = ("test", "validation", "train")
-FORECAST = {"forecast": 0.2}  # plan -> its threshold
 
 #: What is asked for at one point: layer, horizon, (expert, probability) of each, most probable first.
 Wanted = list[tuple[int, int, list[tuple[int, float]]]]
@@ -37,12 +36,14 @@ class Document:
         name: of the document.
         experts_TLK: their experts in rank order.
         weights_TLK: the router's weights of those.
+        p_TPHE: what a predictor foresees, or None.
         plans: what is asked for ahead, by the kind of foresight.
     """
 
     name: str
     experts_TLK: list[list[list[int]]]
     weights_TLK: Tensor
+    p_TPHE: Tensor | None = None
     plans: dict[str, Plan] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -90,21 +91,27 @@ def document_of(batch: RoutingBatch, tokens: int, name: str) -> tuple[Document, 
 
 
 @torch.no_grad()
-def forecast_plan(predictor: Predictor, batch: RoutingBatch, keep_T: Tensor, threshold: float) -> Plan:
-    """What a predictor asks for: every expert of at least ``threshold``, nearest horizon first.
+def foreseen(predictor: Predictor, batch: RoutingBatch, keep_T: Tensor) -> Tensor:
+    """A predictor's probabilities at each point of a document: ``[T, P, H, E]``, float16, 0 where none is.
 
     Args:
         batch: the window, with its context.
         keep_T: its tokens that are replayed.
     """
     p_TPHE = predictor.probabilities(batch)[0, keep_T].float()
+    known_PH = (predictor.kinds != INVALID).to(p_TPHE.device)
+    return torch.where(known_PH[..., None], p_TPHE.clamp(0, 1), 0.0).nan_to_num(0.0).half().cpu()
+
+
+def forecast_plan(p_TPHE: Tensor, threshold: float) -> Plan:
+    """What is asked for: every expert of at least ``threshold``, nearest horizon first."""
     T, P, _, _ = p_TPHE.shape
     layers = P - 1
-    good_TPHE = (p_TPHE >= threshold) & (predictor.kinds != INVALID)[None, :, :, None].to(p_TPHE.device)
+    good_TPHE = (p_TPHE >= threshold) & (p_TPHE > 0)
     plan: Plan = [[[] for _ in range(P)] for _ in range(T)]
     found: dict[tuple[int, int, int], list[tuple[int, float]]] = {}
     for (t, p, h, e), value in zip(good_TPHE.nonzero().tolist(), p_TPHE[good_TPHE].tolist(), strict=True):
-        found.setdefault((t, p, h), []).append((e, min(value, 1.0)))
+        found.setdefault((t, p, h), []).append((e, value))
     for (t, p, h), wanted in found.items():  # in ascending order of t, p, h
         plan[t][p].append(((p + h) % layers, h + 1, sorted(wanted, key=lambda pair: -pair[1])))
     return plan
@@ -128,15 +135,9 @@ def oracle_plan(document: Document, horizons: int) -> Plan:
 
 
 def load_documents(
-    data: RoutingDataModule,
-    split: str,
-    count: int,
-    tokens: int,
-    horizons: int,
-    predictor: Predictor | None = None,
-    thresholds: Mapping[str, float] = FORECAST,
+    data: RoutingDataModule, split: str, count: int, tokens: int, predictor: Predictor | None = None
 ) -> list[Document]:
-    """The documents with their plans: ``oracle``, and where there is a predictor those of ``thresholds``.
+    """The documents of a trace, with what a predictor foresees of them.
 
     Raises:
         ConfigError: see :func:`choose_windows`.
@@ -147,12 +148,19 @@ def load_documents(
     documents = []
     for batch in choose_windows(data, split, count, tokens):
         document, keep_T = document_of(batch, tokens, data.documents[int(batch.document_B[0])])
-        document.plans["oracle"] = oracle_plan(document, horizons)
         if predictor is not None:
-            for plan, threshold in thresholds.items():
-                document.plans[plan] = forecast_plan(predictor, batch, keep_T, threshold)
+            document.p_TPHE = foreseen(predictor, batch, keep_T)
         documents.append(document)
     return documents
+
+
+def make_plans(documents: Sequence[Document], horizons: int, thresholds: Mapping[str, float]) -> None:
+    """Gives the documents their plans: ``oracle``, and by name those of thresholds of the forecasts."""
+    for document in documents:
+        document.plans = {"oracle": oracle_plan(document, horizons)}
+        for name, threshold in thresholds.items():
+            if document.p_TPHE is not None:
+                document.plans[name] = forecast_plan(document.p_TPHE, threshold)
 
 
 def all_events(documents: Sequence[Document]) -> list[tuple[int, list[int]]]:

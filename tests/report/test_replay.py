@@ -26,7 +26,7 @@ from specgate.report.replay_run import Body, Runner, SlotExperts
 from specgate.report.replay_settings import VARIANTS, ReplaySettings
 from specgate.report.replay_shape import ModelShape
 from specgate.report.replay_store import RandomBlocks, Stores
-from specgate.report.replay_trace import Document, load_documents
+from specgate.report.replay_trace import Document, load_documents, make_plans
 from specgate.report.results import make
 from specgate.runtime import codecs, native
 from specgate.runtime.store import StoreSettings
@@ -100,7 +100,8 @@ def test_all_variants_compute_what_the_model_computes(
 ) -> None:
     made = shape() if family == "olmoe" else ModelShape("oss", GPT_OSS, "float32")
     place, blocks = torch.device(device), RandomBlocks(made)
-    (document,) = load_documents(data_of(trace), "test", 1, 4, 2, load_predictor(checkpoint))
+    (document,) = load_documents(data_of(trace), "test", 1, 4, load_predictor(checkpoint))
+    make_plans([document], 2, {"forecast": 0.2})
     body = Body(made, place, head=False)
     digests, hidden = set(), {}
     with Stores(blocks, place) as stores:
@@ -139,7 +140,7 @@ def test_bytes_and_hits_are_those_of_the_policy(record: dict[str, Any], trace: P
     tokens, block = 6, shape().layout().block_bytes
     assert rows["on_demand", 0.0]["hit_rate"] == 0
     assert rows["on_demand", 0.0]["demand_bytes"] == L * K * block, "every expert of every token"
-    documents = load_documents(data_of(trace), "test", 2, tokens, 2)
+    documents = load_documents(data_of(trace), "test", 2, tokens)
     events = [event for document in documents for event in document.events()]
     hits = lru_hits(events, 8, skip=tokens * L)
     row = rows["lru", 0.25]

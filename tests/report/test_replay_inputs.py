@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +11,30 @@ import torch
 from omegaconf import OmegaConf
 
 from specgate.calibration.load import load_predictor
-from specgate.errors import CheckpointError, ConfigError
+from specgate.errors import CheckpointError, ConfigError, TraceError
 from specgate.report import replay_store
-from specgate.report.replay import replay
+from specgate.report.replay import Replay, replay
+from specgate.report.replay_script import load_script, make_script, save_script
 from specgate.report.replay_shape import ModelShape, check_trace
 from specgate.report.replay_store import RandomBlocks, Stores
-from specgate.report.replay_trace import choose_windows, document_of, forecast_plan, load_documents
+from specgate.report.replay_trace import (
+    choose_windows,
+    document_of,
+    forecast_plan,
+    foreseen,
+    load_documents,
+    make_plans,
+)
 from specgate.runtime import codecs, native
 from specgate.runtime.store import ExpertStore, StoreSettings
+from specgate.traces.datamodule import RoutingDataModule
 from tests.report.replays import GPT_OSS, E, K, L, data_of, quick, save_predictor, shape, write_decode_trace
 from tests.test_configs import CONF
 from tests.traces.helpers import header_for, stack_info, write_trace
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native core is not built")
 CPU = torch.device("cpu")
+LABELS = ("trace", "model", "stack", "phase", "variant", "residency")
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +165,9 @@ def test_forecast_asks_for_what_the_predictor_says(trace: Path, checkpoint: Path
     (batch,) = choose_windows(data, "test", 1, 5)
     keep_T = torch.arange(5)
     with torch.no_grad():
-        p_TPHE = predictor.probabilities(batch)[0]
+        p_TPHE = predictor.probabilities(batch)[0].half()
     threshold = float(p_TPHE.median())
-    plan = forecast_plan(predictor, batch, keep_T, threshold)
+    plan = forecast_plan(foreseen(predictor, batch, keep_T), threshold)
     asked = 0
     for t in range(5):
         for p in range(L + 1):
@@ -175,7 +186,8 @@ def test_forecast_asks_for_what_the_predictor_says(trace: Path, checkpoint: Path
 
 
 def test_oracle_asks_for_the_next_calls(trace: Path) -> None:
-    (document,) = load_documents(data_of(trace), "test", 1, 3, horizons=3)
+    (document,) = load_documents(data_of(trace), "test", 1, 3)
+    make_plans([document], 3, {})
     events = document.events()
     assert events[L + 1] == (1, document.experts_TLK[1][1])
     for t in range(3):
@@ -198,3 +210,48 @@ def write_trace_of_three_layers(folder: Path) -> Path:
     header = header_for(stack, documents=40, phases=["decode"])
     write_trace(folder, stack, shards=[[12] * 40], header=header, phases=(1,), routers=False)
     return folder
+
+
+# ---------------------------------------------------------------------- scripts
+
+
+def test_script_takes_the_place_of_trace_and_predictor(trace: Path, checkpoint: Path, tmp_path: Path) -> None:
+    script = tmp_path / "folder" / "s.safetensors"
+    settings = quick(variants=["forecast", "lru"], residency=[0.25], script=str(script), documents=2)
+    made = replay(replace(settings, checkpoints=[str(checkpoint)]), shape(), {"t": data_of(trace)}, tmp_path)
+    elsewhere = RoutingDataModule(tmp_path / "nowhere", phase="decode")
+    found = replay(replace(settings, documents=1, tokens=5), shape(), {"x": elsewhere}, tmp_path)
+    assert found["replay"]["predictor"] == "mlp"
+    for key in ("traces", "split"):
+        assert found[key] == made[key]
+    again = replay(settings, shape(), {"x": elsewhere}, tmp_path)
+    for mine, theirs in zip(again["rows"], made["rows"], strict=True):
+        assert [mine[c] for c in LABELS] == [theirs[c] for c in LABELS]
+    lru_hits = [
+        row["hit_rate"] for found in (again, made) for row in found["rows"] if row["variant"] == "lru"
+    ]
+    assert lru_hits[0] == lru_hits[1]
+    from_trace = replace(settings, script=None, checkpoints=[str(checkpoint)])
+    runs = [Replay(from_trace, shape(), "t", data_of(trace), tmp_path)]
+    runs.append(Replay(settings, shape(), "x", elsewhere, tmp_path))
+    plans = [[document.plans for document in run.documents] for run in runs]
+    assert plans[0] == plans[1]
+    with pytest.raises(ConfigError, match="has 3 documents of 6 tokens and 4 are asked for"):
+        replay(replace(settings, documents=3), shape(), {"x": elsewhere}, tmp_path)
+    with pytest.raises(ConfigError, match="Trace t routes 4 layers"):
+        replay(settings, shape(num_hidden_layers=5), {"x": elsewhere}, tmp_path)
+
+
+def test_files_that_are_no_script_are_refused(trace: Path, tmp_path: Path) -> None:
+    script = tmp_path / "s.safetensors"
+    script.write_bytes(b"nothing of the kind")
+    with pytest.raises(TraceError, match="is no script of a replay"):
+        replay(quick(script=str(script)), shape(), {"t": data_of(trace)}, tmp_path)
+    script.unlink()
+    save_script(make_script("t", data_of(trace), "test", 1, 3, None), script)
+    settings = quick(script=str(script), variants=["forecast"], documents=1, warmup=0, tokens=3)
+    with pytest.raises(ConfigError, match="need a predictor"):
+        replay(settings, shape(), {"t": data_of(trace)}, tmp_path)
+    assert [d.experts_TLK for d in load_script(script).documents] == [
+        d.experts_TLK for d in load_documents(data_of(trace), "test", 1, 3)
+    ]
