@@ -173,7 +173,7 @@ MENTIONED = {
     *("source .venv/bin/activate", "python -m specgate.report.sweep FOLDER", "python train.py -m"),
     *(
         f"python benchmark.py mode={m}"
-        for m in ("cost", "calibration", "uncertainty", "quantize", "transitions")
+        for m in ("cost", "calibration", "uncertainty", "quantize", "transitions", "live", "replay")
     ),
 }
 

@@ -89,6 +89,8 @@ class ExpertStore:
         device: ``cpu``, ``cuda`` or ``cuda:<n>``.
         settings: how bytes are moved.
         layout, layers, experts: of a store without a source.
+        share: another store without a source, whose experts this one reads too instead of having its own; it
+            cannot be closed before this one.
 
     Attributes:
         layout: of a slot and an encoded expert.
@@ -111,6 +113,7 @@ class ExpertStore:
         layout: BlockLayout | None = None,
         layers: int | None = None,
         experts: int | None = None,
+        share: ExpertStore | None = None,
     ) -> None:
         settings = settings or StoreSettings()
         if source is not None:
@@ -137,6 +140,12 @@ class ExpertStore:
                 (0, [(s.file, s.offset, s.length, s.at) for s in b.segments], b.crc, b.compressed)
                 for b in source.blocks
             ]
+        memory: list[int] = []
+        if share is not None:
+            if source is not None or (share.layout, share.layers, share.experts) != (layout, layers, experts):
+                raise ConfigError("share= names a store of other experts; open this one with its layout.")
+            memory = [torch.from_dlpack(share._core.slab(b)).data_ptr() for b in range(count)]
+        self._shared, self._sharers = share, 0
         core: Any = native.require()
         self._core: Any = core.Store(
             [] if source is None else [str(path) for path in source.paths],
@@ -161,7 +170,10 @@ class ExpertStore:
             threads=settings.threads,
             faults=list(settings.faults),
             in_memory=source is None,
+            memory=memory,
         )
+        if share is not None:
+            share._sharers += 1  # its memory is not to be freed before
         self.host_slots = count if source is None else host_slots
         self._views: dict[str, Tensor] = layout.views(torch.from_dlpack(self._core.arena(0)))
 
@@ -339,12 +351,20 @@ class ExpertStore:
     # ------------------------------------------------------------------ life
 
     def close(self) -> None:
-        """Cancels reads, waits for copies, gives all memory back. Callers that wait get a StoreError."""
+        """Cancels reads, waits for copies, gives all memory back. Callers that wait get a StoreError.
+
+        Raises:
+            StoreError: while another store shares this one's experts.
+        """
         if not self._core.closed():
+            if self._sharers:
+                raise StoreError(f"{self._sharers} stores still share this one's experts; close them first.")
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             self._views = {}
             self._core.close()
+            if self._shared is not None:
+                self._shared._sharers -= 1
 
     def __enter__(self) -> ExpertStore:
         return self

@@ -309,6 +309,23 @@ def test_in_memory():
         ExpertStore(None, 2)
 
 
+def test_experts_shared_by_two_stores():
+    layout = BlockLayout.make([("up", (4, 16), torch.float32)])
+    owner = ExpertStore(None, 1, layout=layout, layers=1, experts=3)
+    for expert in range(3):
+        owner.fill(0, expert, torch.full((64,), float(expert)).view(torch.uint8))
+    with ExpertStore(None, 3, layout=layout, layers=1, experts=3, share=owner) as other:
+        slots = other.acquire(0, [0, 1, 2])
+        assert other.arena("up")[slots, 0, 0].tolist() == [0.0, 1.0, 2.0]
+        assert other.stats()["host_bytes"] == 0
+        with pytest.raises(StoreError, match="1 stores still share"):
+            owner.close()
+        other.release(0, [0, 1, 2])
+    owner.close()
+    with pytest.raises(ConfigError, match="share= names a store of other experts"):
+        ExpertStore(None, 1, layout=layout, layers=2, experts=3, share=owner)
+
+
 def test_time_of_hits(source):
     with ExpertStore(source, 4) as store:
         with pytest.raises(ConfigError, match="not on the device"):

@@ -173,10 +173,11 @@ void bind_store(nb::module_& m) {
              std::string eviction, std::string host_eviction, int64_t max_pending, int64_t max_reads,
              int64_t prefetch_copy_bytes, int64_t prefetch_read_bytes, double half_life, int device, bool poison,
              size_t timeline, int workers, const std::string& reader, bool direct, int depth, int threads,
-             std::vector<FaultTuple> faults, bool in_memory) {
+             std::vector<FaultTuple> faults, bool in_memory, const std::vector<uintptr_t>& memory) {
             StoreConfig config;
             config.paths = std::move(paths);
             config.blocks = stored_blocks(blocks);
+            for (const uintptr_t at : memory) config.memory.push_back(reinterpret_cast<std::byte*>(at));
             config.formats = std::move(formats);
             config.device_slots = std::move(device_slots);
             config.host_slots = std::move(host_slots);
@@ -200,7 +201,8 @@ void bind_store(nb::module_& m) {
           "prefetch_copy_bytes"_a = int64_t{64} << 20, "prefetch_read_bytes"_a = int64_t{64} << 20,
           "half_life"_a = 64.0, "device"_a = -1, "poison"_a = false, "timeline"_a = 0, "workers"_a = 2,
           "reader"_a = "auto", "direct"_a = true, "depth"_a = 32, "threads"_a = 4,
-          "faults"_a = std::vector<FaultTuple>{}, "in_memory"_a = false)
+          "faults"_a = std::vector<FaultTuple>{}, "in_memory"_a = false,
+          "memory"_a = std::vector<uintptr_t>{})
       .def("acquire", &acquire, "blocks"_a, "stream"_a = 0)
       .def("release", &Store::release, "blocks"_a, "stream"_a = 0, nb::call_guard<nb::gil_scoped_release>())
       .def(

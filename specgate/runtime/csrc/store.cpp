@@ -27,6 +27,9 @@ std::vector<int64_t> bytes_of(const std::vector<BlockFormat>& formats) {
 }  // namespace
 
 Store::Store(StoreConfig config) : config_(std::move(config)), timeline_(config_.timeline) {
+  if (!config_.memory.empty() && (!config_.ledger.resident_host || config_.memory.size() != config_.blocks.size())) {
+    refuse("memory= is for a store of blocks in memory and names the place of each: leave it out");
+  }
   if (config_.workers < 1) refuse("workers=" + std::to_string(config_.workers) + " must be 1 or more");
   ledger_ = std::make_unique<Ledger>(classes_of(config_.blocks), bytes_of(config_.formats), config_.device_slots,
                                      config_.host_slots, config_.eviction, config_.host_eviction, config_.ledger);

@@ -34,6 +34,7 @@ struct StoredBlock {
 struct StoreConfig {
   std::vector<std::string> paths;  ///< none: the blocks live in memory (resident_host), filled through slab()
   std::vector<StoredBlock> blocks;
+  std::vector<std::byte*> memory;  ///< without paths: where each encoded block lies, kept by the caller; none: our own
   std::vector<BlockFormat> formats;  ///< per shape class
   std::vector<int64_t> device_slots, host_slots;
   std::string eviction = "lru", host_eviction = "lru";

@@ -32,6 +32,13 @@ void Store::allocate() {
       count = static_cast<size_t>(std::count_if(config_.blocks.begin(), config_.blocks.end(),
                                                 [c](const StoredBlock& block) { return block.shape_class == c; }));
     }
+    staging_bytes_ = std::max(staging_bytes_, slab);
+    if (!config_.memory.empty()) {  // somebody else's, who frees it
+      for (size_t b = 0; b < config_.blocks.size(); ++b) {
+        if (config_.blocks[b].shape_class == c) slab_at_[c].push_back(config_.memory[b]);
+      }
+      continue;
+    }
     const size_t per_chunk = std::max<size_t>(1, kChunk / slab);
     for (size_t done = 0; done < count; done += per_chunk) {
       const size_t slabs = std::min(per_chunk, count - done);
@@ -40,7 +47,6 @@ void Store::allocate() {
       host_bytes_ += static_cast<int64_t>(slabs * slab);
       for (size_t i = 0; i < slabs; ++i) slab_at_[c].push_back(memory + i * slab);
     }
-    staging_bytes_ = std::max(staging_bytes_, slab);
   }
   for (const StoredBlock& block : config_.blocks) scratch_bytes_ = std::max(scratch_bytes_, pages(block.compressed));
 }
