@@ -297,7 +297,11 @@ class ExpertStore:
 
     def stats(self) -> dict[str, Any]:
         """Counters since the store was opened: of experts, of bytes by kind, of nanoseconds waited."""
-        return dict(self._core.stats()) | {"stall_seconds": self._core.stats()["stall_ns"] * 1e-9}
+        found = dict(self._core.stats())
+        found["stall_seconds"] = found["stall_ns"] * 1e-9
+        if self._shared is not None and not self._core.closed():
+            found["host_bytes"] += self._shared.stats()["host_bytes"]  # what it reads, whoever opened it
+        return found
 
     def timeline(self) -> list[dict[str, Any]]:
         """The newest transfers and stalls as events of the Chrome trace format, times in microseconds."""
