@@ -67,7 +67,7 @@ $(NATIVE): $(STAMP) $(CSRC)
 	@tools="$$($(BIN)/python -m scikit_build_core.build requires --mode editable --type dynamic | tr -d '[]",')"; \
 		test -z "$${tools// /}" || $(PIP) $$tools
 	@$(LOCK) $(PIP) --no-build-isolation --no-deps --config-settings=cmake.define.SPECGATE_CUDA=$(SPECGATE_CUDA) \
-		--config-settings=cmake.define.SPECGATE_LEAVE_OUT='$(LEAVE_OUT)' --editable .
+		--editable .
 	@echo "[native] $$($(BIN)/python -c 'from specgate.runtime import native; print("backend:", native.backend())')"
 	@touch $@
 
@@ -91,7 +91,7 @@ sanitize:  ## the same under AddressSanitizer and UBSan, then under ThreadSaniti
 	@for kind in address thread; do \
 		echo "[sanitize] $$kind"; \
 		$(CMAKE_BIN)cmake -S . -B build/sanitize-$$kind -DCMAKE_BUILD_TYPE=Debug -DSPECGATE_SANITIZE=$$kind \
-			-DSPECGATE_LEAVE_OUT='$(LEAVE_OUT)' --log-level=WARNING; \
+			--log-level=WARNING; \
 		$(CMAKE_BIN)cmake --build build/sanitize-$$kind --target native_tests --parallel $(JOBS); \
 		$(CMAKE_BIN)ctest --test-dir build/sanitize-$$kind --output-on-failure; \
 	done

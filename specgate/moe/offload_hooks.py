@@ -6,6 +6,7 @@ Letters: B sequences, T tokens of a call, N = B * T, E experts of a layer, K exp
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,7 @@ class _Call:
     router: tuple[Tensor, Tensor, Tensor] | None = None
 
 
-class StackWatcher:
+class StackWatcher(ABC):
     """Base of what follows a model's calls; a context that leaves no hook behind.
 
     A subclass says what is done in :meth:`started` and :meth:`passed`. Threads that share a model do not see
@@ -80,17 +81,17 @@ class StackWatcher:
         self._handles: list[RemovableHandle] = []
         self._local = threading.local()
 
+    @abstractmethod
     def watched(self) -> Iterable[str]:
         """The stacks to watch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def started(self, stack: str, start: Start | None) -> None:
         """A call through a stack begins; None: one that has no token ids."""
-        raise NotImplementedError
 
+    @abstractmethod
     def passed(self, layer: MoELayer, routed: Routed) -> None:
         """A layer's router has spoken, and its experts are there."""
-        raise NotImplementedError
 
     def __enter__(self) -> Any:
         try:

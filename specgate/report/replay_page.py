@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from specgate.report.html import plain_page
+from specgate.report.offload_page import section, write_page
 from specgate.report.offload_plots import draw
 from specgate.report.style import Row, slug
 from specgate.report.tables import Table, number, percent
@@ -208,21 +208,8 @@ def publish_replay(record: Mapping[str, Any], directory: Path, console: Console 
     tables = tables_of(record)
     title = f"{record['shape']['name']}, codec {record['replay']['codec']}"
     pictures = draw(record, directory / "plots", slug(record["shape"]["name"]), title)
-    text = "\n\n".join(f"**{table.title}**\n\n{table.to_markdown()}" for table in tables)
-    (directory / "tables.md").write_text(text + "\n", encoding="utf-8")
     lines = [*setting_lines(record), *verdict_lines(record["rows"])]
-    if console is not None:
-        for table in tables:
-            console.print(table.to_rich())
-        for line in lines:
-            console.print(line, highlight=False)
-        if record.get("timelines"):
-            files = f"{directory}/timeline-*.json"
-            console.print(f"Timelines, for ui.perfetto.dev: {files}", soft_wrap=True, highlight=False)
-    page = directory / "report.html"
-    introduction = " ".join([INTRODUCTION, *lines])
-    page.write_text(plain_page(record, TITLE, introduction, tables, pictures), encoding="utf-8")
-    return page
+    return write_page(record, directory, console, TITLE, INTRODUCTION, lines, tables, pictures)
 
 
 def is_replay(record: Mapping[str, Any]) -> bool:
@@ -237,8 +224,5 @@ def slim_replay(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def replay_section(record: Mapping[str, Any]) -> list[str]:
     """Markdown of one such record, without heading and origin."""
-    lines = [INTRODUCTION, "", *[f"- {line}" for line in setting_lines(record)]]
-    lines += [f"- {line}" for line in verdict_lines(record["rows"])] + [""]
-    for table in tables_of(record):
-        lines += [f"**{table.title}**", "", table.to_markdown(), ""]
-    return lines
+    lines = [*setting_lines(record), *verdict_lines(record["rows"])]
+    return section(INTRODUCTION, lines, tables_of(record))

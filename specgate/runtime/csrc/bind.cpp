@@ -63,19 +63,9 @@ NB_MODULE(_native, m) {
   m.def("build_info", &specgate::info,
         "How the core was built and what it finds: version, compiler, cuda, cuda_version (None without), "
         "cuda_devices (0 with no driver).");
-#ifdef SPECGATE_BIND_LEDGER
   specgate::bind_ledger(m);
-#endif
-#ifdef SPECGATE_BIND_FILE
   specgate::bind_file(m);
-#endif
-#ifdef SPECGATE_BIND_CODEC
   specgate::bind_codec(m);
-#endif
-#ifdef SPECGATE_BIND_SPECULATE
   specgate::bind_speculate(m);
-#endif
-#ifdef SPECGATE_BIND_STORE
   specgate::bind_store(m);
-#endif
 }
