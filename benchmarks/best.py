@@ -40,7 +40,7 @@ BEST = {
     ),
     ("olmoe_ref_decode", "transformer_xl"): Best(6),
     ("olmoe_ref_decode", "expert_lowrank"): Best(
-        4,
+        3,
         (
             *LOW_RANK,
             "model.units=[18,9,5,4]",

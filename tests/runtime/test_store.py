@@ -1,4 +1,4 @@
-"""The threaded store on the CPU: contents, tiers, faults, Ctrl-C, what it leaves behind."""
+"""The threaded store, on the CPU and on a GPU: contents, tiers, faults, Ctrl-C, what it leaves behind."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 import signal
 import threading
 import time
+from functools import partial
 
 import psutil
 import pytest
@@ -29,20 +30,26 @@ def source():
     return ExpertSource.open("olmoe_ref")
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def open_store(request):
+    """``ExpertStore`` with slots on that device."""
+    return partial(ExpertStore, device=request.param)
+
+
 def check(store, source, layer, experts):
     """The slots that are acquired hold exactly the checkpoint's tensors."""
     for expert, slot in zip(experts, store.acquire(layer, experts), strict=True):
         for name, tensor in source.tensors(source.block_id(layer, expert)).items():
-            assert torch.equal(store.arena(name)[slot], tensor)
+            assert torch.equal(store.arena(name)[slot].cpu(), tensor)
     store.release(layer, experts)
 
 
 @pytest.mark.parametrize("reader", ["io_uring", "pread"])
 @pytest.mark.parametrize("host_experts", [0, 3, 10_000])
-def test_contents_on_every_way(source, reader, host_experts):
+def test_contents_on_every_way(source, reader, host_experts, open_store):
     settings = StoreSettings(poison=True, reader=reader)
     try:
-        store = ExpertStore(source, 6, host_experts * (source.layout.block_bytes + 4096), settings=settings)
+        store = open_store(source, 6, host_experts * (source.layout.block_bytes + 4096), settings=settings)
     except ConfigError as error:  # a kernel or container without io_uring
         assert reader == "io_uring"
         pytest.skip(str(error))
@@ -58,8 +65,8 @@ def test_contents_on_every_way(source, reader, host_experts):
             assert stats["host_hit"] == 0
 
 
-def test_free_slots_hold_nan(source):
-    with ExpertStore(source, 4, 0, settings=StoreSettings(poison=True)) as store:
+def test_free_slots_hold_nan(source, open_store):
+    with open_store(source, 4, 0, settings=StoreSettings(poison=True)) as store:
         (slot,) = store.acquire(0, [3])
         others = [s for s in range(4) if s != slot]
         for piece in store.layout.pieces:
@@ -67,8 +74,8 @@ def test_free_slots_hold_nan(source):
             assert not store.arena(piece.name)[slot].isnan().any()
 
 
-def test_forecasts_become_hits(source):
-    with ExpertStore(source, 8) as store:
+def test_forecasts_become_hits(source, open_store):
+    with open_store(source, 8) as store:
         assert store.prefetch(2, 7, 0.9) == "queued"
         store.drain()
         assert store.prefetch(2, 7, 0.8) == "resident"
@@ -84,8 +91,8 @@ def test_forecasts_become_hits(source):
         assert store.prefetch(4, 1, 0.9, deadline=4) == "stale"
 
 
-def test_warm_fills_what_there_is_room_for(source):
-    with ExpertStore(source, 40) as store:
+def test_warm_fills_what_there_is_room_for(source, open_store):
+    with open_store(source, 40) as store:
         store.warm(host=True)
         store.warm()
         states = [store.state(layer, e) for layer in range(8) for e in range(32)]
@@ -93,15 +100,15 @@ def test_warm_fills_what_there_is_room_for(source):
         assert all(s[3] == "PRESENT" for s in states)
 
 
-def test_static_and_belady(source):
-    with ExpertStore(source, 2, settings=StoreSettings(eviction="static")) as store:
+def test_static_and_belady(source, open_store):
+    with open_store(source, 2, settings=StoreSettings(eviction="static")) as store:
         weights = torch.zeros(8, 32)
         weights[0, 5] = 1.0
         store.set_weights(weights)
         for expert in (5, 1, 2, 3):
             check(store, source, 0, [expert])
         assert store.state(0, 5)[0] == "PRESENT"
-    with ExpertStore(source, 2, settings=StoreSettings(eviction="belady")) as store:
+    with open_store(source, 2, settings=StoreSettings(eviction="belady")) as store:
         events = [(0, [1]), (0, [2]), (0, [3]), (0, [1])]
         store.set_future(events)
         for layer, experts in events:
@@ -109,13 +116,13 @@ def test_static_and_belady(source):
         assert store.stats()["hit"] == 1
 
 
-def test_a_budget_below_one_call(source):
-    with ExpertStore(source, 3) as store:
+def test_a_budget_below_one_call(source, open_store):
+    with open_store(source, 3) as store:
         with pytest.raises(BudgetError, match="4 experts are needed at once and the budget holds 3"):
             store.acquire(0, [0, 1, 2, 3])
         check(store, source, 0, [0, 1, 2])
     with pytest.raises(BudgetError, match="num_slots=0"):
-        ExpertStore(source, 0)
+        open_store(source, 0)
 
 
 @pytest.mark.parametrize(
@@ -131,8 +138,8 @@ def test_a_budget_below_one_call(source):
         (lambda s: s.arena("nothing"), "no piece nothing"),
     ],
 )
-def test_nonsense_is_refused(source, call, words):
-    with ExpertStore(source, 4) as store, pytest.raises(ConfigError, match=words):
+def test_nonsense_is_refused(source, call, words, open_store):
+    with open_store(source, 4) as store, pytest.raises(ConfigError, match=words):
         call(store)
 
 
@@ -146,24 +153,24 @@ def test_nonsense_is_refused(source, call, words):
         ({"half_life": 0.0}, "half_life"),
     ],
 )
-def test_nonsense_settings(source, settings, words):
+def test_nonsense_settings(source, settings, words, open_store):
     with pytest.raises(ConfigError, match=words):
-        ExpertStore(source, 4, settings=StoreSettings(**settings))
+        open_store(source, 4, settings=StoreSettings(**settings))
 
 
-def test_memory_that_is_refused():
+def test_memory_that_is_refused(open_store):
     layout = BlockLayout.make([("up", (1 << 18, 1 << 19), torch.float32)])  # 512 GiB
     with pytest.raises(StoreError, match="MiB of slots were refused: lower budget_gb"):
-        ExpertStore(None, 100, layout=layout, layers=10, experts=10)
+        open_store(None, 100, layout=layout, layers=10, experts=10)
 
 
-def test_no_more_slots_than_experts(source):
-    with ExpertStore(source, 1 << 40, 0) as store:
+def test_no_more_slots_than_experts(source, open_store):
+    with open_store(source, 1 << 40, 0) as store:
         assert store.num_slots == 8 * 32
 
 
-def test_closed(source):
-    store = ExpertStore(source, 4)
+def test_closed(source, open_store):
+    store = open_store(source, 4)
     store.acquire(0, [1])
     store.close()
     store.close()
@@ -191,10 +198,10 @@ def place(source, layer, expert):
 
 
 @pytest.mark.parametrize("host_bytes", [0, None])
-def test_io_errors_name_the_file_and_spare_the_others(source, host_bytes):
+def test_io_errors_name_the_file_and_spare_the_others(source, host_bytes, open_store):
     path, offset = place(source, 1, 4)
     settings = StoreSettings(faults=((offset, 5, 2**63),))  # EIO
-    with ExpertStore(source, 6, host_bytes, settings=settings) as store:
+    with open_store(source, 6, host_bytes, settings=settings) as store:
         with pytest.raises(StoreError, match=path.name):
             store.acquire(1, [3, 4])
         assert store.state(1, 3)[2] == 0
@@ -205,9 +212,9 @@ def test_io_errors_name_the_file_and_spare_the_others(source, host_bytes):
             store.acquire(1, [4])
 
 
-def test_a_file_truncated_while_open(tmp_path):
+def test_a_file_truncated_while_open(tmp_path, open_store):
     source = ExpertSource.open(copied_model(tmp_path))
-    with ExpertStore(source, 4, 0) as store:
+    with open_store(source, 4, 0) as store:
         check(store, source, 0, [0])
         last = max(range(len(source.blocks)), key=lambda b: source.blocks[b].segments[0].offset)
         path, offset = place(source, *divmod(last, 32))
@@ -216,10 +223,10 @@ def test_a_file_truncated_while_open(tmp_path):
             store.acquire(*[divmod(last, 32)[0], [divmod(last, 32)[1]]])
 
 
-def test_ctrl_c_while_waiting(source):
+def test_ctrl_c_while_waiting(source, open_store):
     """Python's handler runs at once, the experts are released, the store goes on."""
     _, offset = place(source, 0, 2)
-    with ExpertStore(source, 2, 0, settings=StoreSettings(faults=((offset, -3000, 0),))) as store:
+    with open_store(source, 2, 0, settings=StoreSettings(faults=((offset, -3000, 0),))) as store:
         check(store, source, 0, [0])
         timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
         timer.start()
@@ -231,9 +238,9 @@ def test_ctrl_c_while_waiting(source):
         check(store, source, 0, [1, 2])
 
 
-def test_closing_while_another_thread_waits(source):
+def test_closing_while_another_thread_waits(source, open_store):
     _, offset = place(source, 0, 2)
-    store = ExpertStore(source, 2, 0, settings=StoreSettings(faults=((offset, -1000, 0),)))
+    store = open_store(source, 2, 0, settings=StoreSettings(faults=((offset, -1000, 0),)))
     errors = []
 
     def wait():
@@ -251,14 +258,14 @@ def test_closing_while_another_thread_waits(source):
     assert "closed" in errors[0]
 
 
-def test_two_stores_on_one_file(source):
-    with ExpertStore(source, 4, 0) as one, ExpertStore(source, 4, 0) as two:
+def test_two_stores_on_one_file(source, open_store):
+    with open_store(source, 4, 0) as one, open_store(source, 4, 0) as two:
         for expert in range(0, 32, 5):
             check(one, source, 0, [expert])
             check(two, source, 1, [expert])
 
 
-def test_threads_share_a_store(source):
+def test_threads_share_a_store(source, open_store):
     errors = []
 
     def work(store, seed):
@@ -270,7 +277,7 @@ def test_threads_share_a_store(source):
         except BaseException as error:
             errors.append(error)
 
-    with ExpertStore(source, 9, 0, settings=StoreSettings(poison=True)) as store:
+    with open_store(source, 9, 0, settings=StoreSettings(poison=True)) as store:
         threads = [threading.Thread(target=work, args=(store, seed)) for seed in range(3)]
         for thread in threads:
             thread.start()
@@ -279,21 +286,21 @@ def test_threads_share_a_store(source):
     assert not errors
 
 
-def test_nothing_is_left_behind(source):
+def test_nothing_is_left_behind(source, open_store):
     process = psutil.Process()
-    ExpertStore(source, 4).close()  # libraries load, allocators warm up
+    open_store(source, 4).close()  # libraries load, allocators warm up
     threads, files = process.num_threads(), process.num_fds()
     for _ in range(5):
-        with ExpertStore(source, 8, 1 << 20) as store:
+        with open_store(source, 8, 1 << 20) as store:
             store.prefetch(0, 1, 0.5)
             check(store, source, 0, [1, 2])
     assert process.num_threads() == threads
     assert process.num_fds() == files
 
 
-def test_in_memory():
+def test_in_memory(open_store):
     layout = BlockLayout.make([("up", (4, 8), torch.float32)])
-    with ExpertStore(None, 2, layout=layout, layers=2, experts=3) as store:
+    with open_store(None, 2, layout=layout, layers=2, experts=3) as store:
         for layer in range(2):
             for expert in range(3):
                 block = torch.full((4, 8), float(10 * layer + expert))
@@ -306,15 +313,15 @@ def test_in_memory():
         assert store.stats()["miss"] == 0
         assert store.reader == "memory"
     with pytest.raises(ConfigError, match="give all three"):
-        ExpertStore(None, 2)
+        open_store(None, 2)
 
 
-def test_experts_shared_by_two_stores():
+def test_experts_shared_by_two_stores(open_store):
     layout = BlockLayout.make([("up", (4, 16), torch.float32)])
-    owner = ExpertStore(None, 1, layout=layout, layers=1, experts=3)
+    owner = open_store(None, 1, layout=layout, layers=1, experts=3)
     for expert in range(3):
         owner.fill(0, expert, torch.full((64,), float(expert)).view(torch.uint8))
-    with ExpertStore(None, 3, layout=layout, layers=1, experts=3, share=owner) as other:
+    with open_store(None, 3, layout=layout, layers=1, experts=3, share=owner) as other:
         slots = other.acquire(0, [0, 1, 2])
         assert other.arena("up")[slots, 0, 0].tolist() == [0.0, 1.0, 2.0]
         assert other.stats()["host_bytes"] == owner.stats()["host_bytes"] == 3 * 4096
@@ -323,11 +330,11 @@ def test_experts_shared_by_two_stores():
         other.release(0, [0, 1, 2])
     owner.close()
     with pytest.raises(ConfigError, match="share= names a store of other experts"):
-        ExpertStore(None, 1, layout=layout, layers=2, experts=3, share=owner)
+        open_store(None, 1, layout=layout, layers=2, experts=3, share=owner)
 
 
-def test_time_of_hits(source):
-    with ExpertStore(source, 4) as store:
+def test_time_of_hits(source, open_store):
+    with open_store(source, 4) as store:
         with pytest.raises(ConfigError, match="not on the device"):
             store.time_hits(0, [1, 2], 3)
         store.drain()
@@ -338,8 +345,8 @@ def test_time_of_hits(source):
         assert store.state(0, 1)[2] == 0
 
 
-def test_timeline_is_a_chrome_trace(source, tmp_path):
-    with ExpertStore(source, 4) as store:
+def test_timeline_is_a_chrome_trace(source, tmp_path, open_store):
+    with open_store(source, 4) as store:
         check(store, source, 2, [1, 2])
         saved = json.loads(store.save_timeline(tmp_path / "t.json").read_text())["traceEvents"]
     names = {event["name"] for event in saved if event["ph"] == "X"}
