@@ -33,6 +33,7 @@ Store::Store(StoreConfig config) : config_(std::move(config)), timeline_(config_
   if (config_.workers < 1) refuse("workers=" + std::to_string(config_.workers) + " must be 1 or more");
   ledger_ = std::make_unique<Ledger>(classes_of(config_.blocks), bytes_of(config_.formats), config_.device_slots,
                                      config_.host_slots, config_.eviction, config_.host_eviction, config_.ledger);
+  copying_.resize(config_.blocks.size());
   int64_t slots = 0;
   for (const int64_t count : config_.device_slots) {
     first_slot_.push_back(slots);
@@ -82,7 +83,14 @@ bool Store::demand(const std::vector<uint32_t>& blocks) {
     for (const uint32_t b : blocks) errors_.erase(b);
   }
   pump();
-  return ledger_->ready(blocks, device_->issued_is_enough());
+  return ready(blocks);
+}
+
+bool Store::ready(const std::vector<uint32_t>& blocks) const {
+  if (!device_->issued_is_enough()) return ledger_->ready(blocks, false);
+  return ledger_->ready(blocks, true) && std::all_of(blocks.begin(), blocks.end(), [this](uint32_t b) {
+    return ledger_->block(b).device == Place::Present || copying_[b];  // a DIRECT job is LOADING while it reads
+  });
 }
 
 std::string Store::failure_of(const std::vector<uint32_t>& blocks) {
@@ -104,7 +112,6 @@ void Store::give_up(const std::vector<uint32_t>& blocks) {
 
 bool Store::wait(const std::vector<uint32_t>& blocks, int milliseconds) {
   std::unique_lock lock(mutex_);
-  const bool issued = device_->issued_is_enough();
   const int64_t begin = now_ns();
   const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(milliseconds);
   bool good = false;
@@ -118,14 +125,14 @@ bool Store::wait(const std::vector<uint32_t>& blocks, int milliseconds) {
       give_up(blocks);
       throw StoreFailure(StoreFailure::Kind::Io, failure);
     }
-    good = ledger_->ready(blocks, issued);
+    good = ready(blocks);
     if (good || changed_.wait_until(lock, until) == std::cv_status::timeout) break;
   }
   const int64_t end = now_ns();
   counters_.stall_ns += end - begin;
   ++counters_.stalls;
   timeline_.add({begin, end, blocks.empty() ? 0 : blocks[0], 3, 0, 0, 0});
-  return good || ledger_->ready(blocks, issued);
+  return good || ready(blocks);
 }
 
 std::vector<int64_t> Store::slots(const std::vector<uint32_t>& blocks, uintptr_t stream) {

@@ -128,6 +128,7 @@ class Store {
   void read_landed(int64_t id);
   void decompress(int64_t id);                  // takes mutex_
   void land(int64_t id, JobStatus status, const std::string& error);
+  bool ready(const std::vector<uint32_t>& blocks) const;  ///< kernels launched behind await() find them
   std::string failure_of(const std::vector<uint32_t>& blocks);
   void give_up(const std::vector<uint32_t>& blocks);
   std::byte* slab_of(const Job& job) const;
@@ -149,6 +150,7 @@ class Store {
   int64_t host_bytes_ = 0, device_bytes_ = 0;
   std::unique_ptr<Ledger> ledger_;
   std::unordered_map<int64_t, Flight> flights_;
+  std::vector<bool> copying_;                   // per block: its copy into a slot has been issued
   std::unordered_map<uint32_t, std::string> errors_;
   std::string broken_;                          // a failure after which values may be wrong
   Timeline timeline_;

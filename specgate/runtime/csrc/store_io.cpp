@@ -143,6 +143,7 @@ void Store::start_copy(const Job& job, const std::byte* from) {
   const int64_t id = job.id;
   request.done = [this, id](JobStatus status, std::string error) { finish(id, status, error); };
   device_->copy(std::move(request));
+  copying_[job.block] = true;
 }
 
 void Store::finish(int64_t id, JobStatus status, const std::string& error) {
@@ -159,6 +160,7 @@ void Store::land(int64_t id, JobStatus status, const std::string& error) {
   const auto found = flights_.find(id);
   const Flight flight = found->second;
   flights_.erase(found);
+  copying_[flight.job.block] = false;
   if (flight.scratch) scratch_.push_back(flight.scratch);
   if (flight.staging) staging_.push_back(flight.staging);
   if (timeline_.on()) {
