@@ -1,0 +1,1 @@
+"""What to fetch, admit and evict: forecasts and prices in, decisions out."""
