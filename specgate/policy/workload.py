@@ -1,12 +1,12 @@
 """What a model asks of its experts, call by call, and what was foreseen: the input of a simulation.
 
-Letters: L MoE layers, E experts of a layer, K experts per token, S steps, N = S * L events, M entries of a list
-of lists, P = S * (L + 1) points, H horizons.
+Letters: L MoE layers, E experts of a layer, K experts per token, S steps, N = S * L events, M entries of a
+list of lists, P = S * (L + 1) points, H horizons.
 
-A step decodes one token of every sequence of a batch, or reads one piece of a prompt. An event is one MoE layer
-of a step: its experts are needed at once. Event n is layer ``n % L`` of step ``n // L``. Point p = 0 of a step
-lies before its first MoE layer, p = l + 1 where layer l's router has chosen; a forecast of point p at horizon h
-is about event ``step * L + p + h - 1``.
+A step decodes one token of every sequence of a batch, or reads one piece of a prompt. An event is one MoE
+layer of a step: its experts are needed at once. Event n is layer ``n % L`` of step ``n // L``. Point p = 0 of
+a step lies before its first MoE layer, p = l + 1 where layer l's router has chosen; a forecast of point p at
+horizon h is about event ``step * L + p + h - 1``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Forecasts:
             raise ConfigError(
                 f"Forecasts have lists of {M} experts that do not fit together; make them anew."
             )
-        if M and not (0 <= float(self.p_M.min()) and float(self.p_M.max()) <= 1):
+        if M and not (float(self.p_M.min()) >= 0 and float(self.p_M.max()) <= 1):
             raise ConfigError(f"A forecast says p={float(self.p_M.max())}; probabilities are 0 to 1.")
 
     def at(self, point: int) -> Iterator[tuple[int, int, float]]:
@@ -98,12 +98,12 @@ class Workload:
 
     def __post_init__(self) -> None:
         N, M = len(self.event_start_N1) - 1, len(self.expert_M)
-        if N != len(self.document_S) * self.layers or self.event_start_N1[-1] != M or len(self.tokens_M) != M:
+        if len(self.document_S) * self.layers != N or self.event_start_N1[-1] != M or len(self.tokens_M) != M:
             raise ConfigError(
                 f"{N} events of {M} experts are not {len(self.document_S)} steps of {self.layers} layers; "
                 "make the workload anew."
             )
-        if M and not (0 <= int(self.expert_M.min()) and int(self.expert_M.max()) < self.experts):
+        if M and not (int(self.expert_M.min()) >= 0 and int(self.expert_M.max()) < self.experts):
             raise ConfigError(f"Expert {int(self.expert_M.max())} is none of the {self.experts} of a layer.")
         if self.forecasts is not None and len(self.forecasts.start_P1) != self.points + 1:
             raise ConfigError(
