@@ -1,0 +1,105 @@
+"""What each thing that a simulation does costs: bytes, nanoseconds and bytes per nanosecond, plain numbers.
+
+Letters: N events (see :mod:`specgate.policy.workload`), S steps, L MoE layers.
+
+One byte per nanosecond is one GB/s. :mod:`specgate.policy.roofline` makes costs from a model's sizes and a
+machine's speeds; a test writes them by hand.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specgate.errors import ConfigError
+
+Nanoseconds = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """Costs of one workload on one machine.
+
+    Attributes:
+        expert_bytes: that one expert takes on the link and in the file (its encoded block).
+        link_bytes_per_ns: from host memory to the device, once a copy runs.
+        link_latency_ns: that every copy occupies the link besides (start, and decoding if the block is coded).
+        link_chunk_bytes: a forecast's copy can be stopped for a demand at multiples of this; 0: never.
+        file_bytes_per_ns: from the file to host memory, once a read runs.
+        file_latency_ns: that every read takes besides.
+        event_ns: host work of every event (remapping of indices, acquire, release).
+        forecast_ns: from a router's choice until its forecast is known.
+        pre_ns_N: float64, from the end of the event before until the router of event n has chosen; a step's
+            first event includes the head and the sampling of the step before.
+        exec_ns_N: float64, the experts of event n, all of them on the device.
+
+    Raises:
+        ConfigError: if a number makes no sense.
+    """
+
+    expert_bytes: int
+    link_bytes_per_ns: float
+    link_latency_ns: float
+    link_chunk_bytes: int
+    file_bytes_per_ns: float
+    file_latency_ns: float
+    event_ns: float
+    forecast_ns: float
+    pre_ns_N: Nanoseconds
+    exec_ns_N: Nanoseconds
+
+    def __post_init__(self) -> None:
+        for name in ("expert_bytes", "link_chunk_bytes"):
+            value, least = getattr(self, name), int(name == "expert_bytes")
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+                raise ConfigError(f"{name}={value} is no number of bytes; write a whole one from {least}.")
+        for name in ("link_bytes_per_ns", "file_bytes_per_ns"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name}={value} moves nothing; write a number above 0 (1 is 1 GB/s).")
+        for name in ("link_latency_ns", "file_latency_ns", "event_ns", "forecast_ns"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name}={value} is no time; write nanoseconds, 0 or more.")
+        for name in ("pre_ns_N", "exec_ns_N"):
+            values = np.ascontiguousarray(getattr(self, name), dtype=np.float64)
+            if values.ndim != 1:
+                raise ConfigError(f"{name} has {values.ndim} axes; write one time per event.")
+            if values.size and not (np.isfinite(values).all() and values.min() >= 0):
+                wrong = int(np.nonzero(~(values >= 0) | ~np.isfinite(values))[0][0])
+                raise ConfigError(
+                    f"{name}[{wrong}]={values[wrong]} is no time; write nanoseconds, 0 or more."
+                )
+            object.__setattr__(self, name, values)
+        if len(self.pre_ns_N) != len(self.exec_ns_N):
+            raise ConfigError(
+                f"{len(self.pre_ns_N)} times before events and {len(self.exec_ns_N)} of events cannot belong "
+                "together; write one of each per event."
+            )
+
+    @property
+    def events(self) -> int:
+        """N."""
+        return len(self.pre_ns_N)
+
+    @property
+    def copy_ns(self) -> float:
+        """One expert from host memory to the device, on an idle link."""
+        return self.link_latency_ns + self.expert_bytes / self.link_bytes_per_ns
+
+    @property
+    def read_ns(self) -> float:
+        """One expert from the file to host memory, with nothing else to read."""
+        return self.file_latency_ns + self.expert_bytes / self.file_bytes_per_ns
+
+    @property
+    def compute_ns(self) -> float:
+        """All events with every expert on the device: what no policy can beat."""
+        return float(self.pre_ns_N.sum() + self.exec_ns_N.sum()) + self.events * self.event_ns
+
+    def part(self, first: int, last: int) -> Costs:
+        """The costs of events ``first`` to ``last`` - 1 alone."""
+        return replace(self, pre_ns_N=self.pre_ns_N[first:last], exec_ns_N=self.exec_ns_N[first:last])
