@@ -1,8 +1,12 @@
-"""The rules by which a simulation or a store decides: plain numbers, made by a policy, read by the native core.
+"""The rules by which a simulation or a store decides: plain numbers that a policy makes and the core reads.
 
 Letters: L MoE layers, E experts of a layer. A step decodes one token of every sequence; an event is one MoE
-layer of a step; block = layer * E + expert. n is the event that is worked on, f_b the decayed uses of block b
-per step, p a forecast's probability, h its horizon (1 is the next event).
+layer of a step; block = layer * E + expert. n is the event that is worked on, p a forecast's probability, h
+its horizon (1 is the next event).
+
+f_b, the decayed uses of block b per step: ``f_b = (1 - g) * sum(g ** (s - s_i))`` with ``g = 2 ** (-1 /
+half_life)``, s the step of event n, s_i the steps whose event of b's layer used b (once, however many
+tokens). An expert that every step uses has f_b near 1. Steps are counted on from one document to the next.
 
 Every field has one meaning, stated in :class:`Rules`; fields that the chosen rules do not use are ignored.
 """
@@ -47,8 +51,8 @@ class Rules:
         admission: ``always``: what was demanded stays; ``gate``: what was demanded and is not hotter (decayed
             uses) than the coldest unpinned block that stays is the next to go.
         prefetch: ``none``; ``threshold``: p >= the target layer's threshold; ``top``: the ``width`` most
-            probable of each horizon; ``cumulative``: by descending p until their sum reaches ``mass * top_k``,
-            the one that reaches it included; ``priced``: by break-even (specgate.policy.pricing).
+            probable of each horizon; ``cumulative``: by descending p until their sum reaches
+            ``mass * top_k``, that one included; ``priced``: by break-even (specgate.policy.pricing).
         thresholds_L: float64 per TARGET layer; None unless ``threshold``.
         load_rise, full_rise, host_rise: ``threshold`` only. What is compared with p is
             ``t + (1 - t) * min(1, load_rise * u + full_rise * d + host_rise * m)`` with t the layer's
