@@ -1,4 +1,4 @@
-"""What every policy offers: fitted on training documents, it says by which rules experts are kept and fetched.
+"""What every policy offers: from training documents, the rules by which experts are kept and fetched.
 
 Letters: L MoE layers, E experts of a layer (see :mod:`specgate.policy.workload`).
 """

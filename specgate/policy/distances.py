@@ -2,9 +2,9 @@
 
 Letters: L MoE layers, E experts of a layer, S steps, M entries of a workload's lists, C slots of a layer.
 
-Mattson et al., "Evaluation techniques for storage hierarchies", 1970 (doi:10.1147/sj.92.0078): an LRU cache of
-C blocks always holds the C most recently used ones, so that one pass gives the misses of every size. Experts
-of one event are used at once; of two that were last used in the same event, the lower id goes first.
+Mattson et al., "Evaluation techniques for storage hierarchies", 1970 (doi:10.1147/sj.92.0078): an LRU cache
+of C blocks always holds the C most recently used ones, so that one pass gives the misses of every size.
+Experts of one event are used at once; of two that were last used in the same event, the lower id goes first.
 """
 
 from __future__ import annotations

@@ -41,8 +41,9 @@ class LayerSizes(Policy):
 
 def widest_possible_L(workload: Workload) -> Int:
     """Experts that one event of each layer can need: those of all its tokens, at most E: int64 ``[L]``."""
-    tokens_N = np.add.reduceat(workload.tokens_M, workload.event_start_N1[:-1]) if workload.events else []
-    widest_L = np.asarray(tokens_N, dtype=np.int64).reshape(-1, workload.layers).max(axis=0, initial=0)
+    total_M1 = np.concatenate([[0], np.cumsum(workload.tokens_M, dtype=np.int64)])
+    tokens_N = np.diff(total_M1[workload.event_start_N1])
+    widest_L = tokens_N.reshape(-1, workload.layers).max(axis=0, initial=0)
     return np.minimum(widest_L, workload.experts)
 
 

@@ -88,14 +88,14 @@ def value_of_block(
     """Expected next use of a block, discounted by the events until then; between 0 and 1.
 
     Args:
-        now: the event that is worked on.
+        now: the last event whose router has chosen.
         layer: the block's.
         layers: L.
         q: see :func:`reuse_probability`.
         discount: per event.
         hint: the newest forecast that is not over: probability and event.
     """
-    until_layer = (layer - now) % layers  # 0: the event that is worked on
+    until_layer = 1 + (layer - now - 1) % layers  # to the next event of its layer, which lies after now
     if hint is None:
         return float(discount**until_layer * q)
     p, event = hint

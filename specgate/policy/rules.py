@@ -65,10 +65,12 @@ class Rules:
             ``entropy_high`` or the link's backlog is above ``backlog_high`` mean events; else ``depth``.
         entropy_high, backlog_high: see ``adaptive``.
         discount, intercept, slope: of ``priced``, fitted by specgate.policy.reuse. An expert that no live
-            hint names has, at a use of its layer, the probability
+            hint names has, at the next event of its layer, the probability
             ``q_b = clip(exp(intercept + slope * log(f_b + 1e-6)), 0, 1)`` and the value
             ``discount ** (next event of its layer - n) * q_b``; with a live hint (p, event e) the value is
             ``p * discount ** (e - n) + (1 - p) * discount ** (next event of its layer + L - n) * q_b``.
+            n is the last event whose router has chosen, the next event of a layer lies after it (n + 1 to
+            n + L).
         price_scale: factor on the link's utilisation as the price of a prefetch where a demand can interrupt
             it (``link_chunk_bytes`` > 0).
         low_bytes: bytes of an approximate copy of an expert, fetched where p is below break-even for all
