@@ -43,6 +43,8 @@ class StoreSettings:
         max_reads: experts read from the file at a time.
         prefetch_copy_bytes, prefetch_read_bytes: of forecast experts in flight at most; what a demanded one
             can find before it on the link.
+        piece_bytes: a forecast expert is copied to a GPU in pieces of so many, between which a demanded one
+            goes first; 0: as a whole.
         reader: ``auto``, ``io_uring`` or ``pread``.
         direct: read past the page cache (O_DIRECT) where the file system allows it.
         depth: reads in flight for io_uring; threads: for pread.
@@ -60,6 +62,7 @@ class StoreSettings:
     max_reads: int = 8
     prefetch_copy_bytes: int = 64 << 20
     prefetch_read_bytes: int = 64 << 20
+    piece_bytes: int = 2 << 20
     reader: str = "auto"
     direct: bool = True
     depth: int = 32
@@ -159,6 +162,7 @@ class ExpertStore:
             max_reads=settings.max_reads,
             prefetch_copy_bytes=settings.prefetch_copy_bytes,
             prefetch_read_bytes=settings.prefetch_read_bytes,
+            piece_bytes=settings.piece_bytes,
             half_life=settings.half_life,
             device=self.device.index if self.device.type == "cuda" else -1,
             poison=settings.poison,

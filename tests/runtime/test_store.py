@@ -160,7 +160,7 @@ def test_nonsense_settings(source, settings, words, open_store):
 
 def test_memory_that_is_refused(open_store):
     layout = BlockLayout.make([("up", (1 << 18, 1 << 19), torch.float32)])  # 512 GiB
-    with pytest.raises(StoreError, match="MiB of (slots|device memory) were refused.*: lower budget_gb"):
+    with pytest.raises(StoreError, match=r"MiB of (slots|device memory) were refused.*: lower budget_gb"):
         open_store(None, 100, layout=layout, layers=10, experts=10)
 
 

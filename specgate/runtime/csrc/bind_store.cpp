@@ -173,7 +173,8 @@ void bind_store(nb::module_& m) {
              std::string eviction, std::string host_eviction, int64_t max_pending, int64_t max_reads,
              int64_t prefetch_copy_bytes, int64_t prefetch_read_bytes, double half_life, int device, bool poison,
              size_t timeline, int workers, const std::string& reader, bool direct, int depth, int threads,
-             std::vector<FaultTuple> faults, bool in_memory, const std::vector<uintptr_t>& memory) {
+             std::vector<FaultTuple> faults, bool in_memory, const std::vector<uintptr_t>& memory,
+             int64_t piece_bytes) {
             StoreConfig config;
             config.paths = std::move(paths);
             config.blocks = stored_blocks(blocks);
@@ -188,6 +189,11 @@ void bind_store(nb::module_& m) {
             config.poison = poison;
             config.timeline = timeline;
             config.workers = workers;
+            if (piece_bytes < 0) {
+              throw StoreFailure(StoreFailure::Kind::Config,
+                                 "piece_bytes=" + std::to_string(piece_bytes) + " must be 0 or more");
+            }
+            config.piece_bytes = static_cast<size_t>(piece_bytes);
             config.reader.backend = backend_of(reader);
             config.reader.direct = direct;
             config.reader.depth = depth;
@@ -202,7 +208,7 @@ void bind_store(nb::module_& m) {
           "half_life"_a = 64.0, "device"_a = -1, "poison"_a = false, "timeline"_a = 0, "workers"_a = 2,
           "reader"_a = "auto", "direct"_a = true, "depth"_a = 32, "threads"_a = 4,
           "faults"_a = std::vector<FaultTuple>{}, "in_memory"_a = false,
-          "memory"_a = std::vector<uintptr_t>{})
+          "memory"_a = std::vector<uintptr_t>{}, "piece_bytes"_a = int64_t{2} << 20)
       .def("acquire", &acquire, "blocks"_a, "stream"_a = 0)
       .def("release", &Store::release, "blocks"_a, "stream"_a = 0, nb::call_guard<nb::gil_scoped_release>())
       .def(

@@ -20,7 +20,8 @@ struct CopyRequest {
   std::byte* slot;
   int64_t slot_key;  ///< numbers all slots of all arenas
   Level level;
-  std::function<void(JobStatus, std::string)> done;  ///< from a thread of the device, exactly once
+  std::function<void()> issued;                      ///< from a thread of the device, if copy() returned false
+  std::function<void(JobStatus, std::string)> done;  ///< from a thread of the device, exactly once, after `issued`
 };
 
 /// Memory of one kind that goes back to the system with its owner.
@@ -40,7 +41,10 @@ class Device {
   virtual void poison(std::byte* memory, size_t bytes, int64_t slot_key) = 0;
 
   /// Starts a transfer and returns at once. Work on compute streams that used the slot before finishes first.
-  virtual void copy(CopyRequest request) = 0;
+  /// True: await() may be called for the slot from now on; false: once `issued` was called.
+  virtual bool copy(CopyRequest request) = 0;
+  /// Somebody waits for this slot: its transfer goes before others and is not held up any more.
+  virtual void hurry(int64_t slot_key) = 0;
   /// Kernels launched on `stream` from now on run after the copies into these slots. The host does not wait.
   virtual void await(const std::vector<int64_t>& slot_keys, uintptr_t stream) = 0;
   /// Kernels launched on `stream` until now are the last that use these slots.
@@ -54,7 +58,8 @@ class Device {
 /// `slots`: of all arenas together.
 std::unique_ptr<Device> make_cpu_device(int64_t slots);
 #ifdef SPECGATE_CUDA
-std::unique_ptr<Device> make_cuda_device(int ordinal, int64_t slots);
+/// `piece_bytes`: forecast blocks are copied in pieces of so many, between which a demand goes first; 0: whole.
+std::unique_ptr<Device> make_cuda_device(int ordinal, int64_t slots, size_t piece_bytes);
 #endif
 /// How many CUDA devices there are; 0 without a driver or in a build without CUDA.
 int cuda_devices();

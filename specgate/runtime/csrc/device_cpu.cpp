@@ -37,13 +37,15 @@ class CpuDevice final : public Device {
   void free_host(std::byte* memory, size_t bytes) override { munmap(memory, bytes); }
   void poison(std::byte* memory, size_t bytes, int64_t) override { std::memset(memory, 0xFF, bytes); }
 
-  void copy(CopyRequest request) override {
+  bool copy(CopyRequest request) override {
     {
       const std::lock_guard lock(mutex_);
       queue_.push_back(std::move(request));
     }
     changed_.notify_one();
+    return true;
   }
+  void hurry(int64_t) override {}
 
   void await(const std::vector<int64_t>&, uintptr_t) override {}
   void used(const std::vector<int64_t>&, uintptr_t) override {}

@@ -1,19 +1,19 @@
 // The CUDA device: slots in device memory, pinned host memory, two copy streams, events both ways.
 //
-// Demand copies have a stream of their own with the higher priority, so that they never stand behind speculation.
-// A compute stream waits on the event of a copy; a copy waits on the event of the last kernels that used its slot.
+// Demand copies have a stream of their own with the higher priority, and two streams share a link however they are
+// prioritised: so forecast blocks are copied in pieces, few of them at a time, and none is begun while a demand is on
+// its way. A compute stream waits on the event of a copy; a copy waits on the event of the last kernels that used its
+// slot.
 #include <cuda_runtime.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#include <atomic>
+#include <algorithm>
 #include <condition_variable>
-#include <cstdio>
 #include <cstring>
 #include <deque>
 #include <mutex>
 #include <thread>
 
+#include "cuda_calls.h"
 #include "device.h"
 #include "error.h"
 
@@ -23,55 +23,8 @@ namespace {
 
 constexpr size_t kStagingParts = 4;   // encoded blocks on the device that wait for their decoding, per stream
 constexpr size_t kReleaseEvents = 512;
-
-void require(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  cudaGetLastError();  // do not leave it for the next caller
-  throw StoreFailure(StoreFailure::Kind::Memory,
-                     std::string(what) + " failed: " + cudaGetErrorString(status) + "; see `specgate doctor`");
-}
-
-/// Makes the device current for the calling thread while it lives.
-class Current {
- public:
-  explicit Current(int ordinal) {
-    cudaGetDevice(&before_);
-    if (before_ != ordinal) cudaSetDevice(ordinal);
-    ordinal_ = ordinal;
-  }
-  ~Current() {
-    if (before_ != ordinal_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0, ordinal_ = 0;
-};
-
-/// Prefers the NUMA node of the card for memory allocated while it lives (no libnuma; ignored where refused).
-class NearCard {
- public:
-  explicit NearCard(int ordinal) {
-    char bus[32] = {0};
-    if (cudaDeviceGetPCIBusId(bus, sizeof(bus), ordinal) != cudaSuccess) return;
-    for (char* c = bus; *c; ++c) *c = static_cast<char>(std::tolower(*c));
-    const std::string path = std::string("/sys/bus/pci/devices/") + bus + "/numa_node";
-    FILE* file = std::fopen(path.c_str(), "r");
-    int node = -1;
-    if (file) {
-      if (std::fscanf(file, "%d", &node) != 1) node = -1;
-      std::fclose(file);
-    }
-    if (node < 0 || node >= 64) return;
-    unsigned long mask = 1UL << node;
-    set_ = syscall(SYS_set_mempolicy, 1 /* MPOL_PREFERRED */, &mask, 64UL) == 0;
-  }
-  ~NearCard() {
-    if (set_) syscall(SYS_set_mempolicy, 0 /* MPOL_DEFAULT */, nullptr, 0UL);
-  }
-
- private:
-  bool set_ = false;
-};
+constexpr size_t kPieceEvents = 64;
+constexpr size_t kPiecesAhead = 3;    // pieces that the link has to do at a time
 
 struct Lane {
   cudaStream_t stream = nullptr;
@@ -79,9 +32,18 @@ struct Lane {
   size_t staging_bytes = 0, next = 0;
 };
 
+/// A copy of a forecast block, part of which may be on its way.
+struct Piecewise {
+  CopyRequest request;
+  std::byte* to = nullptr;  ///< the slot, or staging memory; null: not begun
+  size_t copied = 0;
+  bool urgent = false;
+};
+
 class CudaDevice final : public Device {
  public:
-  CudaDevice(int ordinal, int64_t slots) : ordinal_(ordinal), ready_(slots), last_use_(slots, -1) {
+  CudaDevice(int ordinal, int64_t slots, size_t piece_bytes)
+      : ordinal_(ordinal), piece_bytes_(piece_bytes), ready_(slots), last_use_(slots, -1) {
     const Current current(ordinal_);
     int least = 0, greatest = 0;
     require(cudaDeviceGetStreamPriorityRange(&least, &greatest), "asking for stream priorities");
@@ -94,6 +56,10 @@ class CudaDevice final : public Device {
     for (cudaEvent_t& event : released_) {
       require(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
     }
+    for (cudaEvent_t& event : piece_events_) {
+      require(cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync), "making an event");
+    }
+    feeder_ = std::thread([this] { feed(); });
     watchers_[0] = std::thread([this] { watch(0); });
     watchers_[1] = std::thread([this] { watch(1); });
   }
@@ -107,6 +73,7 @@ class CudaDevice final : public Device {
     }
     for (cudaEvent_t event : ready_) cudaEventDestroy(event);
     for (cudaEvent_t event : released_) cudaEventDestroy(event);
+    for (cudaEvent_t event : piece_events_) cudaEventDestroy(event);
   }
 
   bool is_cuda() const override { return true; }
@@ -159,27 +126,32 @@ class CudaDevice final : public Device {
     require(cudaStreamSynchronize(lanes_[0].stream), "poisoning a slot");
   }
 
-  void copy(CopyRequest request) override {
+  bool copy(CopyRequest request) override {
     const Current current(ordinal_);
-    const int lane_number = static_cast<int>(request.level);
+    const bool whole = request.level == Level::Demand || piece_bytes_ == 0;
     {
       const std::lock_guard lock(mutex_);
-      Lane& lane = lanes_[lane_number];
-      after_last_use(request.slot_key, lane.stream);
-      const BlockFormat& format = *request.format;
-      cudaError_t status = cudaSuccess;
-      if (is_plain(format)) {
-        status = cudaMemcpyAsync(request.slot, request.from, format.block_bytes, cudaMemcpyHostToDevice, lane.stream);
+      if (whole) {
+        const int lane = static_cast<int>(request.level);
+        Piecewise copy{std::move(request)};
+        const cudaError_t status = issue(copy, lanes_[lane], copy.request.format->block_bytes);
+        if (lane == 0) ++demands_;
+        flying_[lane].push_back({std::move(copy.request), status});
+        changed_[lane].notify_one();
       } else {
-        std::byte* part = staging(lane, format.block_bytes);
-        status = cudaMemcpyAsync(part, request.from, format.block_bytes, cudaMemcpyHostToDevice, lane.stream);
-        if (status == cudaSuccess) decode_block_cuda(format, part, request.slot, lane.stream);
+        waiting_.push_back({std::move(request)});
+        feed_.notify_one();
       }
-      if (status == cudaSuccess) status = cudaEventRecord(ready_[request.slot_key], lane.stream);
-      if (status != cudaSuccess) cudaGetLastError();
-      flying_[lane_number].push_back({std::move(request), status});
     }
-    changed_[lane_number].notify_one();
+    return whole;
+  }
+
+  void hurry(int64_t slot_key) override {
+    const std::lock_guard lock(mutex_);
+    for (Piecewise& copy : waiting_) {
+      if (copy.request.slot_key == slot_key) copy.urgent = true;
+    }
+    feed_.notify_one();
   }
 
   void await(const std::vector<int64_t>& slot_keys, uintptr_t stream) override {
@@ -206,6 +178,12 @@ class CudaDevice final : public Device {
       const std::lock_guard lock(mutex_);
       stopping_ = true;
     }
+    feed_.notify_all();
+    if (feeder_.joinable()) feeder_.join();  // issues what waits
+    {
+      const std::lock_guard lock(mutex_);
+      fed_ = true;
+    }
     for (int i = 0; i < 2; ++i) {
       changed_[i].notify_all();
       if (watchers_[i].joinable()) watchers_[i].join();
@@ -229,12 +207,19 @@ class CudaDevice final : public Device {
     last_use_[slot_key] = -1;
   }
 
-  /// A place on the device for an encoded block; the stream's own order protects the one before. (mutex_ is held)
+  /// A place on the device for an encoded block. The stream's own order protects what was there before, unless that
+  /// is not yet wholly copied: at most two blocks are. (mutex_ is held)
   std::byte* staging(Lane& lane, size_t bytes) {
     if (lane.staging_bytes < bytes) {
       require(cudaStreamSynchronize(lane.stream), "growing the staging memory");
-      for (std::byte* part : lane.staging) cudaFree(part);
+      for (std::byte* part : lane.staging) {
+        cudaFree(part);
+        for (Piecewise& copy : waiting_) {
+          if (copy.to == part) copy.to = nullptr, copy.copied = 0;  // from the start, then
+        }
+      }
       lane.staging.clear();
+      lane.staging_bytes = 0;
       for (size_t i = 0; i < kStagingParts; ++i) {
         void* memory = nullptr;
         require(cudaMalloc(&memory, bytes), "allocating staging memory on the device");
@@ -242,7 +227,81 @@ class CudaDevice final : public Device {
       }
       lane.staging_bytes = bytes;
     }
-    return lane.staging[lane.next++ % kStagingParts];
+    for (;;) {
+      std::byte* part = lane.staging[lane.next++ % kStagingParts];
+      if (std::none_of(waiting_.begin(), waiting_.end(), [&](const Piecewise& copy) { return copy.to == part; })) {
+        return part;
+      }
+    }
+  }
+
+  /// Puts the next `bytes` of a copy into a stream, and behind the last ones its decoding and event. (mutex_ is held)
+  cudaError_t issue(Piecewise& copy, Lane& lane, size_t bytes) {
+    const CopyRequest& request = copy.request;
+    const BlockFormat& format = *request.format;
+    const bool plain = is_plain(format);
+    if (copy.to == nullptr) {
+      after_last_use(request.slot_key, lane.stream);
+      copy.to = plain ? request.slot : staging(lane, format.block_bytes);
+    }
+    cudaError_t status = cudaMemcpyAsync(copy.to + copy.copied, request.from + copy.copied, bytes,
+                                         cudaMemcpyHostToDevice, lane.stream);
+    copy.copied += bytes;
+    if (copy.copied == format.block_bytes) {
+      if (status == cudaSuccess && !plain) decode_block_cuda(format, copy.to, request.slot, lane.stream);
+      if (status == cudaSuccess) status = cudaEventRecord(ready_[request.slot_key], lane.stream);
+    }
+    if (status != cudaSuccess) cudaGetLastError();
+    return status;
+  }
+
+  /// The forecast copy whose next piece goes first, if one may go now; those begun before others. (mutex_ is held)
+  std::deque<Piecewise>::iterator next_copy() {
+    const bool all = demands_ == 0 || stopping_;
+    auto best = waiting_.end();
+    int rank = 0;
+    for (auto copy = waiting_.begin(); copy != waiting_.end(); ++copy) {
+      const int own = (copy->urgent ? 4 : all ? 1 : 0) + (copy->to != nullptr ? 1 : 0);
+      if ((copy->urgent || all) && own > rank) best = copy, rank = own;
+    }
+    return best;
+  }
+
+  /// Hands pieces of forecast blocks to the second lane.
+  void feed() {
+    const Current current(ordinal_);
+    Lane& lane = lanes_[1];
+    std::deque<std::pair<cudaEvent_t, size_t>> ahead;  // pieces on their way
+    size_t bytes_ahead = 0, next_event = 0;
+    std::unique_lock lock(mutex_);
+    for (;;) {
+      auto copy = waiting_.end();
+      feed_.wait(lock, [&] { return (copy = next_copy()) != waiting_.end() || (stopping_ && waiting_.empty()); });
+      if (copy == waiting_.end()) return;
+      const size_t bytes = std::min(piece_bytes_, copy->request.format->block_bytes - copy->copied);
+      if (!ahead.empty() && (bytes_ahead + bytes > kPiecesAhead * piece_bytes_ || ahead.size() == kPieceEvents)) {
+        const auto [event, oldest] = ahead.front();
+        ahead.pop_front();
+        bytes_ahead -= oldest;
+        lock.unlock();
+        cudaEventSynchronize(event);  // a failure shows in the block's own event
+        lock.lock();
+        continue;  // who goes first may have changed
+      }
+      cudaError_t status = issue(*copy, lane, bytes);
+      const cudaEvent_t event = piece_events_[next_event++ % kPieceEvents];
+      if (status == cudaSuccess) status = cudaEventRecord(event, lane.stream);
+      ahead.emplace_back(event, bytes);
+      bytes_ahead += bytes;
+      if (status == cudaSuccess && copy->copied < copy->request.format->block_bytes) continue;
+      Flying flying{std::move(copy->request), status};
+      waiting_.erase(copy);
+      lock.unlock();
+      flying.request.issued();
+      lock.lock();
+      flying_[1].push_back(std::move(flying));
+      changed_[1].notify_one();
+    }
   }
 
   /// Reports finished copies of one lane, in order.
@@ -250,7 +309,7 @@ class CudaDevice final : public Device {
     const Current current(ordinal_);
     std::unique_lock lock(mutex_);
     for (;;) {
-      changed_[lane].wait(lock, [&] { return stopping_ || !flying_[lane].empty(); });
+      changed_[lane].wait(lock, [&] { return fed_ || !flying_[lane].empty(); });
       if (flying_[lane].empty()) return;
       Flying flying = std::move(flying_[lane].front());
       flying_[lane].pop_front();
@@ -261,26 +320,32 @@ class CudaDevice final : public Device {
       flying.request.done(good ? JobStatus::Ok : JobStatus::Failed,
                           good ? "" : std::string("a copy to the device failed: ") + cudaGetErrorString(status));
       lock.lock();
+      if (lane == 0 && --demands_ == 0) feed_.notify_one();
     }
   }
 
   int ordinal_;
+  size_t piece_bytes_;
   std::mutex mutex_;
   Lane lanes_[2];  // by level
+  std::deque<Piecewise> waiting_;      // forecast copies that are not wholly issued, in order
+  std::condition_variable feed_;
+  int64_t demands_ = 0;                // demand copies on their way
+  cudaEvent_t piece_events_[kPieceEvents];
   std::vector<cudaEvent_t> ready_;     // per slot: the copy into it
   std::vector<cudaEvent_t> released_;  // ring: the ends of uses
   std::vector<int64_t> last_use_;      // per slot: number of the use, -1 none
   size_t next_release_ = 0;
   std::deque<Flying> flying_[2];
   std::condition_variable changed_[2];
-  bool stopping_ = false;
-  std::thread watchers_[2];
+  bool stopping_ = false, fed_ = false;
+  std::thread feeder_, watchers_[2];
 };
 
 }  // namespace
 
-std::unique_ptr<Device> make_cuda_device(int ordinal, int64_t slots) {
-  return std::make_unique<CudaDevice>(ordinal, slots);
+std::unique_ptr<Device> make_cuda_device(int ordinal, int64_t slots, size_t piece_bytes) {
+  return std::make_unique<CudaDevice>(ordinal, slots, piece_bytes);
 }
 
 int cuda_devices() {

@@ -43,7 +43,7 @@ Store::Store(StoreConfig config) : config_(std::move(config)), timeline_(config_
     device_ = make_cpu_device(slots);
   } else {
 #ifdef SPECGATE_CUDA
-    device_ = make_cuda_device(config_.device, slots);
+    device_ = make_cuda_device(config_.device, slots, config_.piece_bytes);
 #else
     refuse("device=cuda:" + std::to_string(config_.device) +
            " needs a build with CUDA: install nvcc and build specgate again, or choose device=cpu");
@@ -83,6 +83,10 @@ bool Store::demand(const std::vector<uint32_t>& blocks) {
     for (const uint32_t b : blocks) errors_.erase(b);
   }
   pump();
+  for (const uint32_t b : blocks) {
+    const Block& block = ledger_->block(b);
+    if (block.device == Place::Loading && !copying_[b]) device_->hurry(first_slot_[block.shape_class] + block.slot);
+  }
   return ready(blocks);
 }
 

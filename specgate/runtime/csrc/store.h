@@ -44,6 +44,7 @@ struct StoreConfig {
   bool poison = false;
   size_t timeline = 0;
   int workers = 2;  ///< threads that decompress
+  size_t piece_bytes = size_t{2} << 20;  ///< of a forecast's copy, between which a demand goes first; 0: whole
 };
 
 /// A block that a forecast says is needed.

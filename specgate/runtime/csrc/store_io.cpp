@@ -138,12 +138,19 @@ void Store::start_copy(const Job& job, const std::byte* from) {
   request.from = from;
   request.slot = slot_of(job);
   request.slot_key = first_slot_[c] + job.slot;
-  request.level = job.level;
+  // a forecast that was read from the file may be waited for by now
+  request.level = ledger_->block(job.block).pins > 0 ? Level::Demand : job.level;
   if (config_.poison) device_->poison(request.slot, request.format->slot_bytes, request.slot_key);
   const int64_t id = job.id;
   request.done = [this, id](JobStatus status, std::string error) { finish(id, status, error); };
-  device_->copy(std::move(request));
-  copying_[job.block] = true;
+  request.issued = [this, id, block = job.block] {
+    {
+      const std::lock_guard lock(mutex_);
+      if (flights_.count(id) > 0) copying_[block] = true;
+    }
+    changed_.notify_all();
+  };
+  copying_[job.block] = device_->copy(std::move(request));
 }
 
 void Store::finish(int64_t id, JobStatus status, const std::string& error) {
