@@ -1,0 +1,313 @@
+"""How long a model's parts take on a machine: bytes over bandwidth, operations over speed, kernels to launch.
+
+Letters: L MoE layers, E experts of a layer, K experts per token, N events, S steps, M entries of a workload's
+lists, T tokens of a step.
+
+The model of Williams, Waterman and Patterson ("Roofline", doi:10.1145/1498765.1498785), part by part; every
+formula is in docs/hardware.md. Times are nanoseconds, one byte per nanosecond is one GB/s.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specgate.errors import ConfigError
+from specgate.policy.costs import Costs
+from specgate.policy.hardware import Hardware
+from specgate.policy.workload import Workload
+
+Nanoseconds = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention that every token runs.
+
+    Attributes:
+        stretch: it runs before the router of this MoE layer; L: after the last one.
+        cached: values that each token of context leaves in the cache, all of which a step reads.
+        scored: multiply-adds per pair of a token and a token of context.
+        window: tokens of context at most; 0: all.
+    """
+
+    stretch: int
+    cached: int
+    scored: int
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """A model in plain numbers.
+
+    Attributes:
+        name: in texts.
+        layers, experts, top_k: L, E, K.
+        expert_parameters: weights of one expert. slot_bytes: it takes on the device.
+        itemsize: bytes of a weight and of a value in the cache.
+        stretch_parameters: weights of everything that every token runs between the experts of one MoE layer
+            and the router of the next, L numbers: attention, norms, routers, shared experts, dense layers.
+        step_parameters: the same after the last MoE layer: whatever layers follow, and the head.
+        attentions: of all stretches.
+
+    Raises:
+        ConfigError: if a number makes no sense.
+    """
+
+    name: str
+    layers: int
+    experts: int
+    top_k: int
+    expert_parameters: int
+    slot_bytes: int
+    itemsize: int
+    stretch_parameters: tuple[int, ...]
+    step_parameters: int
+    attentions: tuple[Attention, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "experts", "top_k", "expert_parameters", "slot_bytes", "itemsize"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} of {self.name} is too small; write 1 or more."
+                )
+        if self.top_k > self.experts:
+            raise ConfigError(
+                f"{self.name} has {self.experts} experts in a layer and uses {self.top_k} per token; more "
+                "than there are cannot be used."
+            )
+        if len(self.stretch_parameters) != self.layers:
+            raise ConfigError(
+                f"{self.name} has {self.layers} MoE layers and {len(self.stretch_parameters)} stretches "
+                "before them; write one number for each."
+            )
+        if min(self.stretch_parameters) < 0 or self.step_parameters < 0:
+            raise ConfigError(f"A part of {self.name} has fewer than 0 weights; write 0 or more.")
+        if any(not 0 <= a.stretch <= self.layers for a in self.attentions):
+            raise ConfigError(f"An attention of {self.name} runs in no stretch; write 0 to {self.layers}.")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How the kernels are launched and which ones the experts run by.
+
+    Attributes:
+        name: in tables.
+        dense_launches: kernels of a transformer layer but its experts. expert_launches: of a layer's experts.
+        step_launches: outside of the layers, per step.
+        gathers: whether each token's experts are copied together before they are multiplied
+            (``batched_mm``): three passes over an expert's bytes for every token that it serves, instead of
+            one for all of them (``grouped_mm``).
+        event_us: the host's work around each event: indices, acquire, release.
+    """
+
+    name: str
+    dense_launches: int
+    expert_launches: int
+    step_launches: int
+    gathers: bool
+    event_us: float
+
+
+#: Counted in transformers 5.23 by the operations of one decoded token that are not views: 41 to 68 per layer
+#: outside of the experts, 9 to 18 in them; event_us as measured in docs/RESULTS.md (the store's paths).
+RUNTIMES = {
+    "transformers": Runtime("transformers", 55, 10, 50, True, 25.0),
+    "grouped": Runtime("grouped", 55, 10, 50, False, 25.0),
+    "replay": Runtime("replay", 6, 10, 6, True, 25.0),
+    "fused": Runtime("fused", 4, 2, 4, False, 2.0),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Roofline:
+    """Times of a workload's events when everything is on the device.
+
+    Attributes:
+        pre_ns_N, exec_ns_N: as in :class:`specgate.policy.costs.Costs`.
+        shares: of the time of all events, by what bounds it: ``memory``, ``compute``, ``launches``, ``host``.
+    """
+
+    pre_ns_N: Nanoseconds
+    exec_ns_N: Nanoseconds
+    shares: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def binds(self) -> str:
+        """What most of the time is bounded by."""
+        return max(self.shares, key=lambda name: self.shares[name])
+
+
+def tokens_of(workload: Workload) -> Nanoseconds:
+    """T of each event's step, ``[N]``: what the experts of its layer serve, divided by K."""
+    event_N1 = workload.event_start_N1
+    event_M = np.repeat(np.arange(workload.events), np.diff(event_N1))
+    served_N = np.bincount(event_M, workload.tokens_M.astype(np.float64), workload.events)
+    return np.asarray(served_N / workload.top_k, dtype=np.float64)
+
+
+def step_tokens(workload: Workload) -> Nanoseconds:
+    """T of each step, ``[S]``: of its fullest layer, since a layer may drop tokens."""
+    if workload.steps == 0:
+        return np.zeros(0)
+    most: Nanoseconds = tokens_of(workload).reshape(workload.steps, workload.layers).max(1)
+    return most
+
+
+def roofline(
+    sizes: ModelSizes,
+    workload: Workload,
+    hardware: Hardware,
+    context: int = 1,
+    sequences: int | None = None,
+    runtime: Runtime = RUNTIMES["transformers"],
+) -> Roofline:
+    """Times of every event.
+
+    Args:
+        context: tokens that each sequence's attention looks back at.
+        sequences: whose caches a step reads; None: every token of a step is of a sequence of its own
+            (decoding), 1: all are of one (a prompt).
+
+    Raises:
+        ConfigError: sizes of another model than the workload's, or a context below 1.
+    """
+    check(sizes, workload, context)
+    L, S = workload.layers, workload.steps
+    bandwidth, speed = hardware.memory_bytes_per_ns, hardware.operations_per_ns
+    launch = hardware.kernel_us * 1e3
+    tokens_S = step_tokens(workload)
+    caches_S = tokens_S if sequences is None else np.minimum(tokens_S, sequences)
+
+    def dense(stretch: int, parameters: int) -> tuple[Nanoseconds, Nanoseconds]:
+        """Nanoseconds of memory and of arithmetic of a stretch, ``[S]`` each."""
+        moved_S = np.full(S, float(parameters * sizes.itemsize))
+        done_S = 2.0 * parameters * (caches_S if stretch == L else tokens_S)  # the head: a sequence's last
+        for attention in sizes.attentions:
+            if attention.stretch == stretch:
+                seen = min(context, attention.window) if attention.window else context
+                moved_S = moved_S + caches_S * (seen * attention.cached * sizes.itemsize)
+                done_S = done_S + tokens_S * (2.0 * seen * attention.scored)
+        return moved_S / bandwidth, done_S / speed
+
+    memory_SL, compute_SL = np.zeros((S, L)), np.zeros((S, L))
+    launches_SL = np.zeros((S, L))
+    for stretch in range(L):
+        memory_SL[:, stretch], compute_SL[:, stretch] = dense(stretch, sizes.stretch_parameters[stretch])
+        launches_SL[:, stretch] = runtime.dense_launches * _blocks(sizes, stretch)
+    last_memory_S, last_compute_S = dense(L, sizes.step_parameters)
+    device_SL = np.maximum(memory_SL, compute_SL)
+    by_memory_SL = memory_SL >= compute_SL
+    if L:
+        device_SL[:, 0] += np.maximum(last_memory_S, last_compute_S)
+        launches_SL[:, 0] += runtime.step_launches + runtime.dense_launches * (
+            _blocks(sizes, L) if any(a.stretch == L for a in sizes.attentions) else 0
+        )
+
+    exec_N, exec_bound = _experts(sizes, workload, hardware, runtime)
+    pre_device_N, launches_N = device_SL.reshape(-1), launches_SL.reshape(-1)
+    # The host launches ahead of the device, but not beyond a router, whose choice it must read.
+    before_N = np.concatenate([np.zeros(min(1, len(exec_N))), exec_N[:-1]])
+    experts_N = np.full(len(exec_N), float(runtime.expert_launches))
+    experts_N[:1] = 0.0
+    waited_N = np.maximum(0.0, (launches_N + experts_N) * launch - before_N)
+    pre_N = np.maximum(pre_device_N, waited_N)
+
+    dense_bound = np.where(waited_N > pre_device_N, 2, np.where(by_memory_SL.reshape(-1), 0, 1))
+    host = len(exec_N) * runtime.event_us * 1e3
+    total = float(pre_N.sum() + exec_N.sum()) + host
+    spent = [float(pre_N[dense_bound == kind].sum() + exec_N[exec_bound == kind].sum()) for kind in range(3)]
+    names = ("memory", "compute", "launches", "host")
+    shares = {n: v / total if total else 0.0 for n, v in zip(names, [*spent, host], strict=True)}
+    return Roofline(pre_N, exec_N, shares)
+
+
+def _blocks(sizes: ModelSizes, stretch: int) -> int:
+    """Transformer layers of a stretch: as many as it has attentions, one at least."""
+    return max(1, sum(a.stretch == stretch for a in sizes.attentions))
+
+
+def _experts(
+    sizes: ModelSizes, workload: Workload, hardware: Hardware, runtime: Runtime
+) -> tuple[Nanoseconds, NDArray[np.int64]]:
+    """Nanoseconds of each event's experts, and what bounds them: 0 memory, 1 arithmetic, 2 launches."""
+    tokens_M = workload.tokens_M.astype(np.float64)
+    passes_M = 3.0 * tokens_M if runtime.gathers else np.ones_like(tokens_M)
+    memory_M = passes_M * (sizes.slot_bytes / hardware.memory_bytes_per_ns)
+    compute_M = tokens_M * (2.0 * sizes.expert_parameters / hardware.operations_per_ns)
+    event_M = np.repeat(np.arange(workload.events), np.diff(workload.event_start_N1))
+
+    def per_event(values_M: Nanoseconds) -> Nanoseconds:
+        return np.bincount(event_M, values_M, workload.events).astype(np.float64)
+
+    device_N = per_event(np.maximum(memory_M, compute_M))
+    by_memory_N = per_event(np.where(memory_M >= compute_M, memory_M, 0.0)) * 2 >= device_N
+    launched = runtime.expert_launches * hardware.kernel_us * 1e3
+    bound_N = np.where(device_N < launched, 2, np.where(by_memory_N, 0, 1))
+    return np.maximum(device_N, launched), bound_N.astype(np.int64)
+
+
+def costs_of(
+    sizes: ModelSizes,
+    workload: Workload,
+    hardware: Hardware,
+    *,
+    block_bytes: int | None = None,
+    context: int = 1,
+    sequences: int | None = None,
+    runtime: Runtime = RUNTIMES["transformers"],
+    forecast_us: float = 20.0,
+    chunk_bytes: int = 0,
+) -> Costs:
+    """All that a simulation must know of a model on a machine.
+
+    Args:
+        block_bytes: an expert as it lies in the file and in host memory; None: as in its slot, nothing to
+            decode.
+        context, sequences, runtime: see :func:`roofline`.
+        forecast_us: from a router's choice until its forecast is known.
+        chunk_bytes: where a forecast's copy can be stopped; 0: nowhere.
+
+    Raises:
+        ConfigError: see :func:`roofline`, or an expert of no bytes.
+    """
+    times = roofline(sizes, workload, hardware, context, sequences, runtime)
+    block = sizes.slot_bytes if block_bytes is None else block_bytes
+    latency = hardware.link_latency_us * 1e3
+    if block != sizes.slot_bytes:  # one kernel reads the block and writes the slot
+        latency += (block + sizes.slot_bytes) / hardware.memory_bytes_per_ns
+    return Costs(
+        expert_bytes=block,
+        link_bytes_per_ns=hardware.link_bytes_per_ns,
+        link_latency_ns=latency,
+        link_chunk_bytes=chunk_bytes,
+        file_bytes_per_ns=hardware.file_gb_per_s,
+        file_latency_ns=hardware.file_latency_us * 1e3,
+        event_ns=runtime.event_us * 1e3,
+        forecast_ns=forecast_us * 1e3,
+        pre_ns_N=times.pre_ns_N,
+        exec_ns_N=times.exec_ns_N,
+    )
+
+
+def check(sizes: ModelSizes, workload: Workload, context: int) -> None:
+    """Refuses sizes of another model, and a context that is none.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    have, want = (
+        (workload.layers, workload.experts, workload.top_k),
+        (sizes.layers, sizes.experts, sizes.top_k),
+    )
+    if have != want:
+        raise ConfigError(
+            f"The workload has {have[0]} layers, {have[2]} of {have[1]} experts, and {sizes.name} has "
+            f"{want[0]} layers, {want[2]} of {want[1]}; choose the two that fit."
+        )
+    if isinstance(context, bool) or not math.isfinite(context) or context < 1:
+        raise ConfigError(f"context={context} leaves nothing to look back at; write 1 or more tokens.")
