@@ -2,6 +2,7 @@
 // order them, copies take the time of a link that all streams share. So the copy engine is tested without a GPU.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -29,14 +30,22 @@ inline std::atomic<int64_t> link_ns_per_mb{0}, copies_until_failure{-1};
 inline std::atomic<int64_t> streams_alive{0}, events_alive{0}, memory_alive{0};
 inline std::mutex link;
 
-struct Event {
+/// As long as work that is queued needs it, though the event be destroyed.
+struct Progress {
   std::mutex mutex;
   std::condition_variable changed;
   int64_t recorded = 0, done = 0;
+  int64_t last() {
+    const std::lock_guard lock(mutex);
+    return recorded;
+  }
   void wait_for(int64_t number) {
     std::unique_lock lock(mutex);
     changed.wait(lock, [&] { return done >= number; });
   }
+};
+struct Event {
+  std::shared_ptr<Progress> progress = std::make_shared<Progress>();
 };
 
 class Stream {
@@ -161,36 +170,29 @@ inline cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return cudaSuccess;
 }
 inline cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  const auto progress = event->progress;
   int64_t number = 0;
   {
-    const std::lock_guard lock(event->mutex);
-    number = ++event->recorded;
+    const std::lock_guard lock(progress->mutex);
+    number = ++progress->recorded;
   }
-  emulated::of(stream).add([event, number] {
+  emulated::of(stream).add([progress, number] {
     {
-      const std::lock_guard lock(event->mutex);
-      event->done = std::max(event->done, number);
-      event->changed.notify_all();  // under the lock: whoever waits may destroy the event next
+      const std::lock_guard lock(progress->mutex);
+      progress->done = std::max(progress->done, number);
     }
+    progress->changed.notify_all();
   });
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  int64_t number = 0;
-  {
-    const std::lock_guard lock(event->mutex);
-    number = event->recorded;
-  }
-  emulated::of(stream).add([event, number] { event->wait_for(number); });
+  emulated::of(stream).add([progress = event->progress, number = event->progress->last()] {
+    progress->wait_for(number);
+  });
   return cudaSuccess;
 }
 inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  int64_t number = 0;
-  {
-    const std::lock_guard lock(event->mutex);
-    number = event->recorded;
-  }
-  event->wait_for(number);
+  event->progress->wait_for(event->progress->last());
   return cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
