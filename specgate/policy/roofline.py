@@ -32,12 +32,15 @@ class Attention:
         cached: values that each token of context leaves in the cache, all of which a step reads.
         scored: multiply-adds per pair of a token and a token of context.
         window: tokens of context at most; 0: all.
+        expanded: multiply-adds per token of context that a step does before anything is scored (latent
+            attention, whose cache is kept compressed).
     """
 
     stretch: int
     cached: int
     scored: int
     window: int = 0
+    expanded: int = 0
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,7 @@ def roofline(
                 seen = min(context, attention.window) if attention.window else context
                 moved_S = moved_S + caches_S * (seen * attention.cached * sizes.itemsize)
                 done_S = done_S + tokens_S * (2.0 * seen * attention.scored)
+                done_S = done_S + caches_S * (2.0 * seen * attention.expanded)
         return moved_S / bandwidth, done_S / speed
 
     memory_SL, compute_SL = np.zeros((S, L)), np.zeros((S, L))

@@ -52,6 +52,7 @@ def save_wide(shape: ModelShape, folder: Path, device: torch.device, seed: int) 
     Raises:
         ConfigError: if the shape has other token ids than the tokenizer.
     """
+    shape.require_indexed()
     quiet_imports()
     import transformers
 

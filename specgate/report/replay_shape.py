@@ -6,6 +6,7 @@ Letters: L MoE layers, E experts of a layer, K experts per token, D hidden size,
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -46,10 +47,10 @@ class ModelShape:
         if self.dtype not in DTYPES:
             raise ConfigError(f"shape.dtype={self.dtype} is unknown; choose one of {', '.join(DTYPES)}.")
         kind = self.config.get("model_type")
-        if kind not in INDEXED:
+        if kind not in FAMILIES:
             raise ConfigError(
-                f"shape.config.model_type={kind} has no experts that run from slots by index; choose one of "
-                f"{', '.join(INDEXED)}."
+                f"shape.config.model_type={kind} is no Mixture-of-Experts architecture that is known here; "
+                f"choose one of {', '.join(FAMILIES)}."
             )
         for key, value in self.config.items():
             counts = isinstance(value, int) and not isinstance(value, bool) and not key.endswith("_id")
@@ -78,9 +79,11 @@ class ModelShape:
         import transformers
 
         config = self.transformers_config
+        several = len(FAMILIES[self.config["model_type"]].stacks) > 1
+        auto = transformers.AutoModelForSeq2SeqLM if several else transformers.AutoModelForCausalLM
         try:
             with torch.device("meta"):
-                model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+                model: nn.Module = auto.from_config(config)
         except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
             raise ConfigError(self._refusal(error)) from None
         return model
@@ -90,13 +93,26 @@ class ModelShape:
         return f"Shape {self.name} is none that transformers can build ({reason}); correct shape.config."
 
     @cached_property
-    def _layers(self) -> list[MoELayer]:
+    def moe_layers(self) -> list[MoELayer]:
+        """In running order, an encoder's first, on the meta device."""
         return moe_layers(self.skeleton)
+
+    def require_indexed(self) -> None:
+        """Refuses experts that cannot run from slots by index.
+
+        Raises:
+            ConfigError: naming the families that can.
+        """
+        if self.config["model_type"] not in INDEXED:
+            raise ConfigError(
+                f"shape.config.model_type={self.config['model_type']} has no experts that run from slots by "
+                f"index; choose one of {', '.join(INDEXED)}."
+            )
 
     @property
     def layers(self) -> int:
         """L."""
-        return len(self._layers)
+        return len(self.moe_layers)
 
     @property
     def experts(self) -> int:
@@ -106,6 +122,8 @@ class ModelShape:
     @property
     def top_k(self) -> int:
         """K."""
+        if self.config["model_type"] == "switch_transformers":
+            return 1
         return int(self.transformers_config.num_experts_per_tok)
 
     @property
@@ -126,12 +144,13 @@ class ModelShape:
     @property
     def experts_module(self) -> Any:
         """The module that executes the experts of a layer, on the meta device."""
-        return self._layers[0].experts
+        self.require_indexed()
+        return self.moe_layers[0].experts
 
     @cached_property
     def pieces(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of one expert's tensors."""
-        return piece_shapes(self._layers[0])
+        return piece_shapes(self.moe_layers[0])
 
     @property
     def expert_parameters(self) -> int:
@@ -141,9 +160,14 @@ class ModelShape:
     @cached_property
     def dense_parameters(self) -> int:
         """Weights of a layer that every token uses: attention, router, norms, shared experts."""
-        layer = self._layers[0]
-        whole = self.skeleton.get_submodule(layer.name.rpartition(".")[0])
+        layer = self.moe_layers[0]
+        whole = self.skeleton.get_submodule(block_name(layer.name))
         return _count(whole) - _count(layer.experts)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Weights of the whole model, tied ones once."""
+        return _count(self.skeleton)
 
     def layout(self, codec: str = "none") -> BlockLayout:
         """How one expert lies in a slot and in a block.
@@ -178,12 +202,25 @@ def check_trace(shape: ModelShape, trace: str, layers: int, experts: int, top_k:
     Raises:
         ConfigError: naming both.
     """
+    shape.require_indexed()
     have, want = (layers, experts, top_k), (shape.layers, shape.experts, shape.top_k)
     if have != want:
         raise ConfigError(
             f"Trace {trace} routes {have[0]} layers, {have[2]} of {have[1]} experts, and shape {shape.name} "
             f"has {want[0]} layers, {want[2]} of {want[1]}; choose the shape= that fits, or another data=."
         )
+
+
+def block_name(name: str) -> str:
+    """The transformer layer that a module is in: ``model.layers.3.mlp`` is in ``model.layers.3``.
+
+    Raises:
+        ConfigError: if it is in none.
+    """
+    found = re.match(r".*?\.\d+(?=\.|$)", name)
+    if found is None:
+        raise ConfigError(f"The module {name} lies in no numbered layer; this architecture is unknown.")
+    return found.group()
 
 
 def _count(module: nn.Module) -> int:

@@ -72,6 +72,13 @@ def test_a_batch_reads_a_cache_per_sequence() -> None:
     assert found.pre_ns_N[1] == pytest.approx((700 * 2 + 3 * 10 * 16 * 2) / 100)
 
 
+def test_a_compressed_cache_is_expanded_once_per_sequence() -> None:
+    latent = sizes(attentions=(Attention(1, 0, 0, expanded=5000),))
+    work = decoding([np.tile(np.array([[[0, 1], [2, 3]]]), (4, 1, 1))], 4, chunk=4)
+    found = roofline(latent, work, machine(), context=100, sequences=1, runtime=PLAIN)
+    assert found.pre_ns_N[1] == pytest.approx(4 * 2 * 700 / 1000 + 2 * 100 * 5000 / 1000)
+
+
 def test_layers_without_experts_belong_to_the_stretch_before_the_next_router() -> None:
     more = sizes(attentions=(Attention(0, 16, 32), Attention(0, 16, 32), Attention(2, 16, 32)))
     slow = Runtime("slow", 10, 0, 0, False, 0.0)
