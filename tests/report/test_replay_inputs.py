@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from specgate.calibration.load import load_predictor
 from specgate.errors import CheckpointError, ConfigError, TraceError
 from specgate.report import replay_store
+from specgate.report.live_models import save_wide
 from specgate.report.replay import Replay, replay
 from specgate.report.replay_script import load_script, make_script, save_script
 from specgate.report.replay_shape import ModelShape, check_trace
@@ -71,7 +72,7 @@ def test_shapes_are_those_of_the_models() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "switch_transformers"}, "choose one of mixtral"),
+        ({"model_type": "llama"}, "choose one of switch_transformers, mixtral"),
         ({"num_experts_per_tok": 9}, "has 8 experts in a layer and uses 9"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0 leaves nothing"),
         ({"hidden_act": "nothing"}, "is none that transformers can build"),
@@ -80,6 +81,18 @@ def test_shapes_are_those_of_the_models() -> None:
 def test_impossible_shapes_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _ = shape(**change).pieces
+
+
+def test_experts_without_an_index_can_be_planned_but_not_replayed(trace: Path, tmp_path: Path) -> None:
+    values: Any = OmegaConf.to_container(OmegaConf.load(CONF / "shape" / "switch_base_8.yaml"))
+    switch = ModelShape(values["name"], values["config"], values["dtype"])
+    assert (switch.layers, switch.experts, switch.top_k) == (12, 8, 1)
+    with pytest.raises(
+        ConfigError, match=r"switch_transformers has no experts that run from slots.*of mixtral"
+    ):
+        replay(quick(), switch, {"t": data_of(trace)}, tmp_path)
+    with pytest.raises(ConfigError, match="has no experts that run from slots"):
+        save_wide(switch, tmp_path, CPU, 0)
 
 
 def test_trace_of_another_shape_is_refused(trace: Path, tmp_path: Path) -> None:
