@@ -62,11 +62,14 @@ def used_SLE(workload: Workload) -> NDArray[np.bool_]:
 
 
 def binned(used: NDArray[np.bool_], half_life: float) -> tuple[Floats, Floats, Floats]:
-    """Statistics of all (step, layer, expert): per bin of log f the mean log f, how many, how many used.
+    """Statistics of all (step, layer, expert) after the first step, per bin of log f.
 
     Args:
         used: ``[S, L, E]``.
         half_life: in steps.
+
+    Returns:
+        The mean log f, how many, and how many of them used; bins without any are left out.
     """
     S = len(used)
     g = 2.0 ** (-1.0 / half_life)
@@ -80,6 +83,8 @@ def binned(used: NDArray[np.bool_], half_life: float) -> tuple[Floats, Floats, F
         for i, now_LE in enumerate(part):
             f_RLE[i] = f_LE
             f_LE = g * (f_LE + (1 - g) * now_LE)  # before the next step, its age is 1
+        if first == 0:  # before the first step nothing is known of any expert
+            f_RLE, part = f_RLE[1:], part[1:]
         x = np.log(f_RLE.ravel() + _FLOOR)
         of = np.clip(((x - lowest) / -lowest * _BINS).astype(np.int64), 0, _BINS - 1)
         x_sum += np.bincount(of, weights=x, minlength=_BINS)
@@ -168,4 +173,4 @@ def fit_reuse(train: Workload, slots: int, half_lives: tuple[float, ...] = HALF_
             best = (nll, half_life, intercept, slope)
     assert best is not None
     nll, half_life, intercept, slope = best
-    return Reuse(half_life, intercept, slope, fit_discount(train, slots), nll / used.size)
+    return Reuse(half_life, intercept, slope, fit_discount(train, slots), nll / used[1:].size)

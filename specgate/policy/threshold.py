@@ -62,8 +62,8 @@ class Threshold(Policy):
         self.threshold, self.calibrated = threshold, calibrated
         self.depth = check_depth(self.name, depth)
         self.eviction = check_eviction(eviction)
-        self.rises = {"load_rise": load_rise, "full_rise": full_rise, "host_rise": host_rise}
-        Rules(**self.rises)  # checks them
+        self.load_rise, self.full_rise, self.host_rise = load_rise, full_rise, host_rise
+        Rules(load_rise=load_rise, full_rise=full_rise, host_rise=host_rise)  # checks them
 
     @property
     def horizons(self) -> int:
@@ -80,7 +80,9 @@ class Threshold(Policy):
             prefetch="threshold",
             thresholds_L=thresholds,
             depth=self.depth,
-            **self.rises,
+            load_rise=self.load_rise,
+            full_rise=self.full_rise,
+            host_rise=self.host_rise,
         )
 
 
