@@ -26,7 +26,7 @@ class Costs:
     Attributes:
         expert_bytes: that one expert takes on the link and in the file (its encoded block).
         link_bytes_per_ns: from host memory to the device, once a copy runs.
-        link_latency_ns: that every copy occupies the link besides (start, and decoding if the block is coded).
+        link_latency_ns: that every copy occupies the link besides (start; decoding, if the block is coded).
         link_chunk_bytes: a forecast's copy can be stopped for a demand at multiples of this; 0: never.
         file_bytes_per_ns: from the file to host memory, once a read runs.
         file_latency_ns: that every read takes besides.
