@@ -66,6 +66,7 @@ Variant = Plain | Reader
 
 def make_file(folder: Path, size: int) -> Path:
     """A file of random bytes, on the disk and not only on its way there."""
+    folder.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=folder, prefix="file_tier.")
     generator = np.random.default_rng(0)
     with os.fdopen(descriptor, "wb") as file:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from specgate.errors import ConfigError
+from specgate.policy.base import Policy
 from specgate.report.accuracy import AccuracySettings, compare
 from specgate.report.calibration import CalibrationSettings, examine
 from specgate.report.cost import CostSettings, measure
@@ -23,6 +24,8 @@ from specgate.report.live_settings import LiveSettings
 from specgate.report.quantized import QuantizeSettings, compare_precisions
 from specgate.report.replay import replay as run_replay
 from specgate.report.replay_settings import ReplaySettings
+from specgate.report.simulate import simulate as run_simulate
+from specgate.report.simulate_settings import SimulateSettings
 from specgate.report.transitions import FlowSettings, explore
 from specgate.report.uncertainty import UncertaintySettings, measure_uncertainty
 from specgate.traces.datamodule import RoutingDataModule
@@ -104,6 +107,47 @@ def replay(
     return run_replay(ReplaySettings(**values), shape, traces, Path(cfg.paths.run), console)
 
 
+def simulate(
+    cfg: DictConfig, traces: Mapping[str, RoutingDataModule], fitter: Any, console: Console
+) -> dict[str, Any]:
+    """What each policy would reach on a machine (``specgate.report.simulate``)."""
+    values: Any = OmegaConf.to_container(cfg.simulate, resolve=True)
+    settings = SimulateSettings(**values)
+    policies = dict(policy_config(line) for line in settings.policies)
+    hardware = {name: instantiate(composed("hardware", name), _convert_="all") for name in settings.hardware}
+    shape = instantiate(cfg.shape, _convert_="all")
+    return run_simulate(settings, policies, shape, hardware, traces, console)
+
+
+def policy_config(line: str) -> tuple[str, Policy]:
+    """``priced part=evict_only`` -> itself, and conf/policy's object so changed.
+
+    Raises:
+        ConfigError: if there is no such policy or option, or a value makes no sense.
+    """
+    name, *options = line.split()
+    made: Policy = instantiate(composed("policy", name, *options), _convert_="all")
+    return " ".join([name, *options]), made
+
+
+def composed(group: str, name: str, *options: str) -> DictConfig:
+    """What ``<group>=<name>`` chooses, with the group's own options, and otherwise as the command line says.
+
+    Raises:
+        ConfigError: if there is no such choice or option.
+    """
+    given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    kept = [o for o in given if not o.startswith((f"{group}=", "data=")) and o.split("=")[0] != group]
+    own = [f"{group}={name}", *(f"{group}.{option}" for option in options)]
+    try:
+        chosen_group: DictConfig = compose("benchmark", overrides=[*kept, *own])[group]
+    except HydraException as error:
+        raise ConfigError(
+            f"{group}={' '.join([name, *options])}: {' '.join(str(error).split())[:200]}"
+        ) from None
+    return chosen_group
+
+
 def live(
     cfg: DictConfig, traces: Mapping[str, RoutingDataModule], fitter: Any, console: Console
 ) -> dict[str, Any]:
@@ -120,6 +164,7 @@ MODES: dict[str, Mode] = {
     "live": live,
     "quantize": quantize,
     "replay": replay,
+    "simulate": simulate,
     "transitions": transitions,
     "uncertainty": uncertainty,
 }

@@ -16,6 +16,7 @@ from specgate.report.live_page import publish_live
 from specgate.report.plots import draw_all
 from specgate.report.quantized_page import publish_quantized
 from specgate.report.replay_page import publish_replay
+from specgate.report.simulate_page import publish_simulation
 from specgate.report.style import scored_rows, traces_of
 from specgate.report.tables import (
     Table,
@@ -35,6 +36,7 @@ PAGES: dict[str, Callable[[Mapping[str, Any], Path, Console | None], Path]] = {
     "live": publish_live,
     "quantize": publish_quantized,
     "replay": publish_replay,
+    "simulate": publish_simulation,
     "transitions": publish_transitions,
     "uncertainty": publish_uncertainty,
 }

@@ -21,6 +21,7 @@ from specgate.report.quantized_page import is_quantized, quantized_section, slim
 from specgate.report.record import describe_hardware, read_record, write_json
 from specgate.report.replay_page import is_replay, replay_section, slim_replay
 from specgate.report.running import is_running, running_section, slim_running
+from specgate.report.simulate_page import is_simulation, simulation_section, slim_simulation
 from specgate.report.store_paths_page import is_store_paths, slim_store_paths, store_paths_section
 from specgate.report.style import scored_rows, slug, traces_of
 from specgate.report.tables import calibration_table, detail_table, summary_table, trace_table
@@ -68,6 +69,8 @@ def slim(record: Mapping[str, Any]) -> dict[str, Any]:
         return kept | slim_quantized(record)
     if is_replay(record):
         return kept | slim_replay(record)
+    if is_simulation(record):
+        return kept | slim_simulation(record)
     if is_live(record):
         return kept | slim_live(record)
     if is_store_paths(record):
@@ -128,6 +131,8 @@ def _section(name: str, record: Mapping[str, Any]) -> list[str]:
         return [f"## {name}", "", *_origin(record), "", *quantized_section(record), ""]
     if is_replay(record):
         return [f"## {name}", "", *_origin(record), "", *replay_section(record), ""]
+    if is_simulation(record):
+        return [f"## {name}", "", *_origin(record), "", *simulation_section(record), ""]
     if is_live(record):
         return [f"## {name}", "", *_origin(record), "", *live_section(record), ""]
     if is_store_paths(record):
