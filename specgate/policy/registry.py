@@ -26,7 +26,10 @@ POLICIES = {
     "belady": "Belady",
     "perfect_prefetch": "PerfectPrefetch",
     "oracle": "Oracle",
+    "rl": "ReinforcementLearning",
 }
+#: Chooses among policies, document by document; it has a configuration of its own and is no policy.
+SELECTION = "bandit"
 #: Policies that know the future: they bound what any other can reach.
 ORACLES = ("belady", "perfect_prefetch", "oracle")
 

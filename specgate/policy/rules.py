@@ -48,8 +48,9 @@ class Rules:
             last use.
         half_life: steps (events of its own layer) in which a use counts half; ``lfru``, ``gate``, ``priced``.
         weights_LE: float64, keys of ``static``; None elsewhere.
-        admission: ``always``: what was demanded stays; ``gate``: what was demanded and is not hotter (decayed
-            uses) than the coldest unpinned block that stays is the next to go.
+        admission: ``always``: what was demanded stays; ``gate``: what a demand brought into a full cache and
+            is not hotter (decayed uses) than the coldest unpinned block that stays is the next to go, until
+            it is used again and judged anew.
         prefetch: ``none``; ``threshold``: p >= the target layer's threshold; ``top``: the ``width`` most
             probable of each horizon; ``cumulative``: by descending p until their sum reaches
             ``mass * top_k``, that one included; ``priced``: by break-even (specgate.policy.pricing).

@@ -107,4 +107,4 @@ def simulated(workload: Workload, rules: Rules, slots: Any, costs: Costs | None 
 
 def count(result: Any, name: str) -> float:
     """A total of a simulation."""
-    return float(result.total[name] if isinstance(result.total, dict) else getattr(result.total, name))
+    return float(result.total(name))

@@ -79,6 +79,7 @@ def gated_misses(workload: Workload, slots: int) -> int:
     for n in range(workload.events):
         wanted = {(n % L) * E + e for e in workload.event(n)}
         absent = wanted - present
+        judged = absent | (wanted & rejected)
         misses += len(absent)
         for b in wanted:
             uses.setdefault(b, []).append(n)
@@ -88,7 +89,8 @@ def gated_misses(workload: Workload, slots: int) -> int:
         present |= wanted
         rejected = (rejected & present) - wanted
         coldest = min((heat(uses[b], n) for b in stay), default=None)
-        rejected |= {b for b in wanted if coldest is not None and heat(uses[b], n) <= coldest + 1e-12}
+        if coldest is not None and len(present) == slots:
+            rejected |= {b for b in judged if heat(uses[b], n) <= coldest + 1e-12}
     return misses
 
 

@@ -55,15 +55,20 @@ def test_nobody_without_prefetch_misses_less_than_belady(name: str, slots: int) 
     assert count(simulated(workload, plain, slots), "hits") <= count(bound, "hits")
 
 
-def test_with_time_enough_perfect_prefetch_stalls_only_at_the_start() -> None:
-    workload = small_workload(2, tokens=(30,))
+@pytest.mark.parametrize("seed", [2, 3, 4])
+def test_with_time_enough_and_room_oracles_do_not_stall(seed: int) -> None:
+    workload = small_workload(seed, tokens=(30,))
     costs = some_costs(workload, pre_ns_N=np.full(workload.events, 1000.0))
+    lru = count(simulated(workload, Rules(), 9, costs), "stall_ns")
+    stalls = {}
     for name in ("perfect_prefetch", "oracle"):
         mine = policy(name, depth=2)
         seen = workload.with_forecasts(mine.foresee(workload, workload))
         result = simulated(seen, mine.fit(workload, costs, 9), 9, costs)
-        assert count(result, "stall_ns") == 0
+        stalls[name] = count(result, "stall_ns")
         assert count(result, "wasted_bytes") == 0
+    assert stalls["oracle"] == 0
+    assert 0 <= stalls["perfect_prefetch"] < 0.2 * lru  # LRU's victim may itself be wanted next: it stays
 
 
 @pytest.mark.parametrize("slots", [5, 8, 12])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -10,26 +11,29 @@ import pytest
 import yaml
 
 from specgate.errors import ConfigError
-from specgate.policy.registry import POLICIES, policy, policy_class
+from specgate.policy.bandit import Bandit
+from specgate.policy.registry import POLICIES, SELECTION, policy, policy_class
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 def test_every_policy_has_a_configuration_and_a_paragraph() -> None:
-    assert {f.stem for f in (ROOT / "conf" / "policy").glob("*.yaml")} == set(POLICIES)
+    names = {*POLICIES, SELECTION}
+    assert {f.stem for f in (ROOT / "conf" / "policy").glob("*.yaml")} == names
     headings = re.findall(r"^### (\w+)$", (ROOT / "docs" / "policies.md").read_text(), re.MULTILINE)
-    assert set(POLICIES) <= set(headings)
+    assert names <= set(headings)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [*POLICIES, SELECTION])
 def test_a_configuration_states_every_option_with_its_default_and_a_comment(name: str) -> None:
     text = (ROOT / "conf" / "policy" / f"{name}.yaml").read_text()
     values = yaml.safe_load(text)
-    cls = policy_class(name)
+    cls = Bandit if name == SELECTION else policy_class(name)
     assert cls.name == name
     assert values.pop("_target_") == f"{cls.__module__}.{cls.__qualname__}"
     parameters = inspect.signature(cls).parameters
-    assert values == {n: p.default for n, p in parameters.items() if p.kind is not p.VAR_POSITIONAL}
+    defaults = {n: p.default for n, p in parameters.items() if p.kind is not p.VAR_POSITIONAL}
+    assert values == json.loads(json.dumps(defaults))  # tuples are lists in YAML
     for option in values:
         assert re.search(rf"^{option}: .*# \S", text, re.MULTILINE), option
 

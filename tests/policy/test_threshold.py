@@ -107,7 +107,7 @@ def test_a_loaded_link_prefetches_less() -> None:
     workload = small_workload(6, tokens=(60,))
     workload = workload.with_forecasts(noisy_forecasts(workload, 3))
     prefetched = []
-    for rise in (0.0, 0.5, 10.0):
+    for rise in (0.0, 2.0, 10.0):
         policy = Threshold(threshold=0.3, load_rise=rise, full_rise=0.0, host_rise=0.0)
         rules = policy.fit(workload, some_costs(workload), 6)
         prefetched.append(count(simulated(workload, rules, 6), "prefetches"))
