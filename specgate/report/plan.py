@@ -28,6 +28,8 @@ from specgate.traces.datamodule import RoutingDataModule
 
 #: Contexts that are tried beside the one asked for, as multiples of it.
 CONTEXTS = (0.25, 1, 4)
+#: Shares of the experts on the device, for the picture.
+SHARES = (0.0625, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
 FEW = (*CACHES, PREDICTION, BEST)
 
 
@@ -122,7 +124,7 @@ class Planner:
             BudgetError: if a step of the batch can need more experts than there are slots.
         """
         costs = timing(case, self.sizes, self.hardware, self.settings, split.need.block, context)
-        slots = case_slots(split.slots, split.need.decoding, case)
+        slots = case_slots(split.slots, self.sizes, case)
         share = split.in_host / split.need.blocks
         host = case.blocks if share >= 1 else round(share * case.blocks)
         return run_all(case, costs, slots, host, self._run, names)
@@ -207,14 +209,13 @@ class Planner:
         return row | _speeds(self.rows(case, split, context, FEW))
 
     def _curve(self, case: Case, split: Split) -> list[dict[str, Any]]:
-        """The same at budgets between the least one and the one that holds everything."""
+        """The same at other budgets, up to the one that holds everything."""
         widest = max(case.together(case.documents).widest, case.train.widest)
         need = split.need
-        least = max(need.least, min(need.decoding, -(-widest * need.decoding // case.blocks)))
-        most, count = need.decoding, self.settings.points
+        least = max(need.least, -(-widest * need.decoding // case.blocks))
+        tried = {round(share * need.decoding) for share in SHARES} | {split.slots}
         out = []
-        for i in range(count):
-            slots = round(least * (most / least) ** (i / (count - 1))) if most > least else most
+        for slots in sorted(slots for slots in tried if slots >= least):
             budget = need.fixed + slots * need.slot
             rows = self.rows(case, replace(split, budget=budget), self.settings.context, ("on_demand", *FEW))
             out.append({"budget_gb": budget / GB, "slots": slots} | _speeds(rows))

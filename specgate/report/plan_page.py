@@ -36,7 +36,8 @@ LINES = ("resident", "oracle", "priced", "lfru", "lru", "on_demand")
 TITLES = {"priced": "with prediction", "on_demand": "without a cache", "resident": "all on the device"}
 CURVE = (
     "Expected tokens per second over the device memory that all of the model may use; the dotted line is the "
-    "budget that was asked for. A cache of fewer experts than a step uses finds almost nothing again."
+    "budget that was asked for, grey is beyond the card. A cache of fewer experts than a "
+    "step uses finds almost nothing again."
 )
 MEMORY = "What lies where. Experts in the file are read only where host memory does not hold them."
 
@@ -87,9 +88,9 @@ def speed_table(record: Mapping[str, Any]) -> Table:
     whose = "its own trace" if about["own_trace"] else f"the trace of another model, {about['trace']}"
     table.notes = [
         f"Hit rates: {whose}, {about['documents']} documents of at most {about['tokens']} tokens; forecasts "
-        f"{about['forecasts']} (by layers ahead). MB per token over the link; waits: share of the time that the model "
-        "waits for experts. Oracle's gain: time saved over the better cache without prediction, as a share "
-        "of what the oracle saves.",
+        f"{about['forecasts']} (by layers ahead). MB per token over the link; waits: share of the time that "
+        "the model waits for experts. Oracle's gain: time saved over the better cache without prediction, as "
+        "a share of what the oracle saves.",
         f"Bound by: {'; '.join(f'{name}, {words}' for name, words in RESOURCES.items())}.",
         *[f"{row['policy']}: {row['about']}." for row in record["rows"]],
     ]
@@ -166,20 +167,23 @@ def draw_curve(record: Mapping[str, Any]) -> Figure:
     """Tokens per second against the budget."""
     drawn = figure(7.6, 4.2)
     axes = drawn.subplots()
-    x = [row["budget_gb"] for row in record["curve"]]
     for name in LINES:
+        rows = record["curve"]
+        if name == "on_demand":  # loads nothing where everything is there
+            rows = [row for row in rows if row["slots"] < record["plan"]["decoding"]]
+        x = [row["budget_gb"] for row in rows]
         look = LOOKS.get(name, Look("#332288", "o"))
         marker = None if name == "resident" else look.marker
         strong = name == "priced"
         axes.plot(
-            x, [row[name] for row in record["curve"]], color=look.color, marker=marker, linestyle=look.line,
+            x, [row[name] for row in rows], color=look.color, marker=marker, linestyle=look.line,
             linewidth=2.4 if strong else 1.5, markersize=7 if strong else 5, label=TITLES.get(name, name),
             zorder=3 if strong else 2,
         )  # fmt: skip
     axes.axvline(record["plan"]["budget_gb"], color="#8a8a8a", linestyle=":", linewidth=1.2)
-    axes.set_xscale("log")
-    axes.set_xticks(x, [f"{value:.3g}" for value in x])
-    axes.minorticks_off()
+    if record["machine"]["device_gb"] < max(row["budget_gb"] for row in record["curve"]):
+        axes.axvspan(record["machine"]["device_gb"], axes.get_xlim()[1], color="#f0f0f0", zorder=0)
+    axes.margins(x=0)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("device memory, GB")
     axes.set_ylabel("expected tokens per second")

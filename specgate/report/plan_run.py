@@ -11,7 +11,7 @@ import numpy as np
 from specgate.errors import BudgetError
 from specgate.policy.costs import Costs
 from specgate.policy.registry import policy
-from specgate.policy.roofline import step_tokens
+from specgate.policy.roofline import ModelSizes, step_tokens
 from specgate.report.plan_case import Case, Timing
 from specgate.runtime.simulator import simulate
 
@@ -172,21 +172,38 @@ def base_of(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
     return max((row for row in rows if row["policy"] in CACHES), key=lambda row: row["tokens_per_second"])
 
 
-def case_slots(slots: int, blocks: int, case: Case) -> int:
-    """As many of the case's experts as ``slots`` of ``blocks`` are of the planned model's.
+def case_slots(slots: int, sizes: ModelSizes, case: Case) -> int:
+    """As many of the case's experts as ``slots`` are of the planned model's.
+
+    With another model's routing the measure is what a step uses: a cache of one step's experts stays a cache
+    of one step's experts, one of all stays one of all, and between them shares go over evenly.
 
     Raises:
         BudgetError: if not even one event of the case fits.
     """
+    blocks = sizes.layers * sizes.experts
     if slots >= blocks:
         return case.blocks
-    found = slots if case.own else round(slots / blocks * case.blocks)
     widest = max(case.train.widest, case.together(case.documents).widest)
-    if found >= widest:
-        return found
     if case.own:
-        raise BudgetError(
-            f"{slots} slots hold fewer experts than the {widest} that one step of {case.batch_size} "
-            "sequences can need at once; raise budget_gb, or lower plan.batch_size."
-        )
-    return min(widest, case.blocks)
+        if slots < widest:
+            raise BudgetError(
+                f"{slots} slots hold fewer experts than the {widest} that one step of {case.batch_size} "
+                "sequences can need at once; raise budget_gb, or lower plan.batch_size."
+            )
+        return slots
+    mine = 1 - (1 - sizes.top_k / sizes.experts) ** case.batch_size
+    theirs = 1 - (1 - case.train.top_k / case.train.experts) ** case.batch_size
+    share = scaled_share(slots / blocks, mine, theirs)
+    return min(case.blocks, max(widest, round(share * case.blocks)))
+
+
+def scaled_share(share: float, mine: float, theirs: float) -> float:
+    """A share of one model's experts as one of another's, in the measure of what a step uses of each.
+
+    Args:
+        share: of the first model's experts. mine, theirs: shares of their experts that a step uses.
+    """
+    if share <= mine or mine >= 1 or theirs >= 1:
+        return min(1.0, share / mine * theirs)
+    return theirs + (share - mine) / (1 - mine) * (1 - theirs)

@@ -39,7 +39,6 @@ class PlanSettings:
         split, documents, tokens: which documents of the trace, how many and how long. warmup: so many more
             come before what is counted. train_documents: that the policies are fitted on.
         runtime: how kernels are launched, one of :data:`specgate.policy.roofline.RUNTIMES`.
-        points: budgets of the picture.
         seed: of the forecasts that stand in.
 
     Raises:
@@ -59,7 +58,6 @@ class PlanSettings:
     warmup: int = 2
     train_documents: int = 8
     runtime: str = "transformers"
-    points: int = 7
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,7 +66,7 @@ class PlanSettings:
             if value is not None and not (_is_number(value) and value > 0):
                 raise ConfigError(f"{name}={value} is no amount of memory; write a number of GB above 0.")
         least = {"context": 1, "batch_size": 1, "documents": 1, "tokens": 2, "warmup": 0}
-        for name, low in (least | {"train_documents": 1, "points": 2}).items():
+        for name, low in (least | {"train_documents": 1}).items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"plan.{name}={value} makes no sense; write a whole number from {low}.")

@@ -61,9 +61,8 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
         L, E, K = about["trace_shape"]
         lines.append(
             f"No trace of {name} is here: its hit rates are those of {about['trace']} ({L} layers, "
-            f"{K} of {E} "
-            "experts) at the same share of experts on the device, an estimate that another routing can miss "
-            "by far; collect a trace to know."
+            f"{K} of {E} experts), scaled by the share of experts that a step uses, an estimate that another "
+            "routing can miss by far; collect a trace to know."
         )
     if not found["machine"]["measured"]:
         lines.append(
