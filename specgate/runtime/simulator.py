@@ -1,4 +1,4 @@
-"""A simulation of a model's calls in virtual time: what a set of rules would cost on a machine that need not exist.
+"""A simulation of a model's calls in virtual time: what rules would cost on a machine that need not exist.
 
 docs/simulator.md states what happens when, and what is left out. The inner loop is native (csrc/simulator.h).
 
@@ -62,7 +62,7 @@ class SimulationResult:
 
     def total(self, name: str) -> float:
         """Over all documents; whole numbers stay whole numbers."""
-        return self.of_documents(name).sum().item()  # type: ignore[no-any-return]
+        return self.of_documents(name).sum().item()
 
     def totals(self) -> dict[str, float]:
         """All of them, for JSON."""
@@ -96,11 +96,12 @@ class SimulationResult:
 
 
 def tokens_of_documents(workload: Workload) -> NDArray[np.float64]:
-    """Tokens of each document: those of a step are its busiest layer's uses of experts over top_k. ``[D]``."""
+    """Tokens of each document, ``[D]``: of a step, its busiest layer's uses of experts over top_k."""
     until_M1 = np.concatenate([[0], np.cumsum(workload.tokens_M, dtype=np.int64)])
     uses_N = until_M1[workload.event_start_N1[1:]] - until_M1[workload.event_start_N1[:-1]]
     tokens_S = uses_N.reshape(workload.steps, workload.layers).max(axis=1) / workload.top_k
-    return np.bincount(workload.document_S, weights=tokens_S, minlength=workload.documents)
+    summed_D = np.bincount(workload.document_S, weights=tokens_S, minlength=workload.documents)
+    return summed_D.astype(np.float64)
 
 
 class Simulator:
@@ -114,7 +115,7 @@ class Simulator:
         device_slots: experts that fit the device: one number for all layers, or one for each.
         host_slots: experts that fit host memory; None or L * E: all of them.
         warm: blocks (layer * E + expert) on the device at first.
-        warm_host: blocks in host memory at first, the one to go first before the others. Ignored where all fit.
+        warm_host: blocks in host memory at first, the first to go first. Ignored where all fit.
 
     Raises:
         ConfigError: arrays that do not fit together, or numbers that make no sense.
@@ -154,7 +155,7 @@ class Simulator:
         self._native.reset()
 
     def advance(self) -> NDArray[np.float32] | None:
-        """On to where the next point's forecasts are known: what there is to see (OBSERVATION), or None at the end.
+        """On to where the next point's forecasts are known: OBSERVATION of it, or None at the end.
 
         All numbers are finite. layer: of the point, 0 to 1; backlog: what the link has to do, in mean events;
         open_slots: share of slots that are free or hold an expert that is neither in use nor foreseen; mean
@@ -172,15 +173,18 @@ class Simulator:
             ConfigError: a threshold that is no number.
         """
         if not threshold >= 0:
-            raise ConfigError(
-                f"threshold={threshold} is no probability; choose 0 to 1, or more to fetch nothing."
-            )
+            raise ConfigError(f"threshold={threshold} is no probability; choose 0 to 1, or 2 to fetch none.")
         self._native.act(float(threshold), int(depth))
 
     @property
     def event(self) -> int:
         """The event that is worked on."""
         return int(self._native.event())
+
+    @property
+    def in_use(self) -> bool:
+        """Whether that event's router has chosen: its experts have slots and cannot go."""
+        return bool(self._native.in_use())
 
     @property
     def now_ns(self) -> float:

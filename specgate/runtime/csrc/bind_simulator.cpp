@@ -151,7 +151,7 @@ class Held {
   Array<T> hold(nb::handle object, const char* name) {
     nb::object value = object.attr(name);
     Array<T> array;
-    if (!nb::try_cast(value, array)) {
+    if (!nb::try_cast(value, array, false)) {  // no copy: nobody would keep it
       throw StoreFailure(StoreFailure::Kind::Config,
                          std::string(name) + " is no contiguous array of the right type in one dimension: make it with "
                                              "specgate.policy.");
@@ -200,7 +200,6 @@ void bind_simulator(nb::module_& m) {
                     std::vector<int64_t>>(),
            "workload"_a, "costs"_a, "rules"_a, "slots"_a, "host_slots"_a, "warm"_a, "warm_host"_a)
       .def("run", &Held::run)
-      .def("run_events", [](Held& self, int64_t events) { return self.simulator().run(events); })
       .def("reset", [](Held& self) { self.simulator().reset(); })
       .def("advance", &Held::advance)
       .def("act", [](Held& self, double threshold, int64_t depth) { self.simulator().act(threshold, depth); })
@@ -209,6 +208,7 @@ void bind_simulator(nb::module_& m) {
       .def("resident", [](Held& self) { return self.simulator().resident(); })
       .def("point", [](Held& self) { return self.simulator().point(); })
       .def("event", [](Held& self) { return self.simulator().event(); })
+      .def("in_use", [](Held& self) { return self.simulator().in_use(); })
       .def("now", [](Held& self) { return self.simulator().now(); });
 }
 

@@ -43,6 +43,8 @@ class Simulator {
 
   int64_t point() const { return point_; }
   int64_t event() const { return n_; }
+  /// The event's router has chosen, and it has not ended.
+  bool in_use() const { return phase_ == Phase::Waits || phase_ == Phase::Runs; }
   double now() const { return now_; }
   const std::vector<Tally>& tallies() const { return tallies_; }
   /// Blocks on the device, ascending: for tests.

@@ -40,7 +40,11 @@ void check_calls(const Calls& c) {
   }
   if (c.event_start[0] != 0) refuse("the first event's experts begin at " + text(c.event_start[0]) + ": make it 0.");
   for (int64_t n = 0; n < c.events(); ++n) {
-    if (c.event_start[n + 1] < c.event_start[n]) refuse("event " + text(n) + " ends before it begins: make the workload anew.");
+    if (c.event_start[n + 1] < c.event_start[n]) {
+      refuse("event " + text(n) + " ends before it begins: make the workload anew.");
+    }
+  }
+  for (int64_t n = 0; n < c.events(); ++n) {
     int64_t last = -1;
     for (int64_t i = c.event_start[n]; i < c.event_start[n + 1]; ++i) {
       const int64_t expert = c.expert[i];
@@ -48,7 +52,9 @@ void check_calls(const Calls& c) {
         refuse("event " + text(n) + " asks for expert " + text(expert) + ", and a layer has " + text(c.experts) +
                ": make the workload anew.");
       }
-      if (expert <= last) refuse("event " + text(n) + " names expert " + text(expert) + " out of order: sort each event's experts.");
+      if (expert <= last) {
+        refuse("event " + text(n) + " names expert " + text(expert) + " out of order: sort each event's experts.");
+      }
       last = expert;
     }
   }
@@ -65,9 +71,13 @@ void check_forecasts(const Calls& c) {
   const int64_t points = c.steps * (c.layers + 1);
   if (c.point_start[0] != 0) refuse("the first point's forecasts begin at " + text(c.point_start[0]) + ": make it 0.");
   for (int64_t point = 0; point < points; ++point) {
+    if (c.point_start[point + 1] < c.point_start[point]) {
+      refuse("the forecasts of point " + text(point) + " end before they begin: make them anew.");
+    }
+  }
+  for (int64_t point = 0; point < points; ++point) {
     const int64_t first = c.point_start[point], last = c.point_start[point + 1];
     auto where = [&] { return "the forecasts of point " + text(point); };
-    if (last < first) refuse(where() + " end before they begin: make them anew.");
     for (int64_t i = first; i < last; ++i) {
       if (c.foreseen[i] < 0 || c.foreseen[i] >= c.experts) {
         refuse(where() + " name expert " + text(c.foreseen[i]) + ", and a layer has " + text(c.experts) + ": make them anew.");
@@ -104,7 +114,7 @@ void check_rules(const Calls& calls, const RuleTable& r) {
     refuse("half_life=" + std::to_string(r.half_life) + " must be a positive number of steps.");
   }
   if (r.depth < 1 || r.depth > 255) refuse("depth=" + text(r.depth) + " is no horizon: choose 1 to 255.");
-  if (r.low_bytes < 0) refuse("low_bytes=" + text(r.low_bytes) + " is negative: 0 fetches no approximate copies.");
+  if (r.low_bytes != 0) refuse("low_bytes=" + text(r.low_bytes) + ": approximate copies are not simulated, choose 0.");
   check_number("discount", r.discount, 0, 1);
   for (const double rise : {r.load_rise, r.full_rise, r.host_rise, r.price_scale}) check_number("a factor", rise, 0, 1e300);
   if (std::isnan(r.entropy_high) || std::isnan(r.backlog_high) || std::isnan(r.mass)) {

@@ -1,0 +1,463 @@
+"""docs/simulator.md in plain Python, as slow as it likes: no heaps, no caches, every key from the whole past.
+
+Letters: b block, n event, e the event a forecast is about, t time in ns.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import exp, inf, log
+
+from specgate.policy.costs import Costs
+from specgate.policy.rules import Rules
+from specgate.policy.workload import Workload
+
+
+@dataclass
+class Transfer:
+    """A prefetch that holds a slot: ``stage`` is "read", "staged" or "copy"."""
+
+    e: int
+    p: float
+    stage: str
+
+
+class Reference:
+    """Runs everything when made; ``counts`` and ``times`` per document, ``resident`` at the end."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        costs: Costs,
+        rules: Rules,
+        slots: Sequence[int],
+        host_slots: int,
+        warm: Sequence[int] = (),
+        warm_host: Sequence[int] = (),
+    ) -> None:
+        self.w, self.c, self.r, self.slots = workload, costs, rules, list(slots)
+        self.L, self.E = workload.layers, workload.experts
+        self.events = [workload.event(n) for n in range(workload.events)]
+        self.copy, self.read = costs.copy_ns, costs.read_ns
+        self.host_slots = host_slots
+        self.everything = host_slots >= self.L * self.E
+        self.host: list[int] = list(warm_host)  # least recently touched first
+        self.present: dict[int, bool] = dict.fromkeys(warm, False)  # block: prefetched and not used
+        self.came_for: dict[int, int] = {}
+        self.flying: dict[int, Transfer] = {}
+        self.queue: dict[int, tuple[int, float]] = {}  # block: (e, p)
+        self.hints: dict[int, tuple[float, int]] = {}
+        self.uses: dict[int, list[int]] = defaultdict(list)
+        self.landed: dict[int, int] = {}
+        self.marks: set[int] = set()
+        self.pinned: set[int] = set()
+        self.n, self.t = -1, 0.0
+        self.link: tuple[int, float, float] | None = None  # block, since, work done before
+        self.file: tuple[int, float, bool] | None = None  # block, end, given up
+        self.link_free = self.file_free = 0.0
+        self.points: list[tuple[float, int]] = []
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts: list[Counter[str]] = [Counter() for _ in range(workload.documents)]
+        self.times: list[dict[str, float]] = [defaultdict(float) for _ in range(workload.documents)]
+        self.document = 0
+        for n in range(len(self.events)):
+            self.event(n)
+
+    # ---- Room
+
+    def pool(self, b: int) -> int:
+        return 0 if len(self.slots) == 1 else b // self.E
+
+    def free(self, pool: int) -> int:
+        return self.slots[pool] - sum(self.pool(b) == pool for b in [*self.present, *self.flying])
+
+    def in_host(self, b: int) -> bool:
+        return self.everything or b in self.host
+
+    def touch(self, b: int) -> None:
+        if b in self.host:
+            self.host.remove(b)
+            self.host.append(b)
+
+    def into_host(self, b: int) -> None:
+        self.touch(b)
+        if b not in self.host and not self.everything and self.host_slots:
+            if len(self.host) == self.host_slots:
+                self.host.pop(0)
+            self.host.append(b)
+
+    # ---- Keys
+
+    def decayed(self, b: int) -> float:
+        step = self.n // self.L
+        return sum(2.0 ** (-(step - n // self.L) / self.r.half_life) for n in self.uses[b])
+
+    def next_event(self, b: int) -> int:
+        n = self.n + 1
+        while n % self.L != b // self.E:
+            n += 1
+        return n
+
+    def next_use(self, b: int) -> float:
+        later = range(self.n + 1, len(self.events))
+        return next((n for n in later if n % self.L == b // self.E and b % self.E in self.events[n]), inf)
+
+    def hint(self, b: int) -> tuple[float, int] | None:
+        found = self.hints.get(b)
+        return found if found and found[1] > self.n else None
+
+    def value(self, b: int) -> float:
+        r = self.r
+        f = (1 - 2.0 ** (-1 / r.half_life)) * self.decayed(b)
+        q = min(max(exp(r.intercept + r.slope * log(f + 1e-6)), 0.0), 1.0)
+        ahead, hint = self.next_event(b) - self.n, self.hint(b)
+        if hint is None:
+            return float(r.discount**ahead * q)
+        p, e = hint
+        return float(p * r.discount ** (e - self.n) + (1 - p) * r.discount ** (ahead + self.L) * q)
+
+    def last(self, b: int) -> int:
+        return max([0, self.landed.get(b, 0), *(n + 1 for n in self.uses[b][-1:])])
+
+    def key(self, b: int) -> tuple[float, ...]:
+        last, used, hint = self.last(b), self.uses[b], self.hint(b)
+        keys: dict[str, Callable[[], tuple[float, ...]]] = {
+            "none": lambda: (last,),
+            "lru": lambda: (last,),
+            "lfu": lambda: (len(used), last),
+            "lfru": lambda: (self.decayed(b), last),
+            "lru2": lambda: (used[-2] + 1 if len(used) > 1 else -inf, last),
+            "static": lambda: (self.r.weights_LE[b // self.E, b % self.E], last),  # type: ignore[index]
+            "forecast": lambda: (hint[0] if hint else 0.0, last),
+            "belady": lambda: (-self.next_use(b),),
+            "priced": lambda: (self.value(b), last),
+        }
+        return (b not in self.marks, *keys[self.r.eviction](), b)
+
+    def victim(self, pool: int) -> int | None:
+        those = [b for b in self.present if b not in self.pinned and self.pool(b) == pool]
+        if self.r.eviction == "priced":  # those that no forecast names: of each layer the least used
+            named = [b for b in those if self.hint(b)]
+            for layer in range(self.L):
+                own = [b for b in those if b // self.E == layer and b not in named]
+                named += sorted(own, key=lambda b: (b not in self.marks, self.decayed(b), self.last(b), b))[
+                    :1
+                ]
+            those = named
+        return min(those, key=self.key, default=None)
+
+    # ---- Prefetches
+
+    def utilisation(self) -> float:
+        return self.sums["busy"] / self.sums["time"] if self.sums["time"] else 0.0
+
+    def mean_event(self) -> float:
+        first = float(self.c.pre_ns_N[0] + self.c.exec_ns_N[0])
+        return self.sums["work"] / self.sums["count"] if self.sums["count"] else first
+
+    def backlog(self) -> float:
+        free = max(self.t, self.link_free, self.link_end() if self.link else 0.0)
+        waiting = len(self.queue) + sum(x.stage != "copy" for x in self.flying.values())
+        return free - self.t + waiting * self.copy
+
+    def entropy(self, point: int) -> float:
+        ps = [p for h, _, p in self.w.forecasts.at(point) if h == 1 and p > 0] if self.w.forecasts else []
+        return -sum(p / sum(ps) * log(p / sum(ps)) for p in ps) / log(self.E) if self.E > 1 else 0.0
+
+    def arrive(self, point: int) -> None:
+        if self.w.forecasts is None:
+            return
+        step, place = divmod(point, self.L + 1)
+        own: dict[int, tuple[int, float, int, float]] = {}
+        seen: Counter[int] = Counter()
+        before: dict[int, float] = defaultdict(float)
+        order = []
+        for h, expert, p in self.w.forecasts.at(point):
+            e = step * self.L + place + h - 1
+            if e <= self.n or e >= len(self.events):
+                continue
+            if self.w.document_S[e // self.L] != self.w.document_S[step]:
+                continue
+            b = e % self.L * self.E + expert
+            if b not in own:
+                own[b] = (h, p, seen[h], before[h])
+                self.hints[b] = (p, e)
+                order.append((b, e))
+            seen[h] += 1
+            before[h] += p
+        r = self.r
+        deep = r.depth
+        if r.adaptive and (
+            self.entropy(point) > r.entropy_high or self.backlog() > r.backlog_high * self.mean_event()
+        ):
+            deep = 1
+        worth: dict[int, float] = {}
+        for pool in range(len(self.slots)):
+            goes = self.victim(pool)
+            worth[pool] = 0.0 if self.free(pool) else inf if goes is None else self.value(goes)
+        for b, e in order:
+            h, p, rank, sum_before = own[b]
+            if h > deep or b in self.present or b in self.flying:
+                continue
+            if r.prefetch == "threshold":
+                assert r.thresholds_L is not None
+                t, full = r.thresholds_L[b // self.E], sum(self.free(i) for i in range(len(self.slots)))
+                full = (sum(self.slots) - full) / sum(self.slots)
+                host = 0.0 if self.everything or not self.host_slots else len(self.host) / self.host_slots
+                rise = r.load_rise * self.utilisation() + r.full_rise * full + r.host_rise * host
+                wanted = p >= t + (1 - t) * min(1.0, rise)
+            elif r.prefetch == "top":
+                wanted = rank < r.width
+            elif r.prefetch == "cumulative":
+                wanted = sum_before < r.mass * self.w.top_k
+            elif r.prefetch == "priced":
+                load = self.copy + (0.0 if self.in_host(b) else self.read)
+                saved = load - max(0.0, self.backlog() + self.copy - h * self.mean_event())
+                price = self.utilisation() * (r.price_scale if self.c.link_chunk_bytes else 1.0)
+                cost = worth[self.pool(b)] * load + price * self.copy
+                wanted = p * min(max(saved, 0.0), load) > cost
+            else:
+                wanted = False
+            if wanted:
+                self.queue[b] = (e, p)
+
+    def start(self, b: int) -> bool:
+        e, p = self.queue.pop(b)
+        pool = self.pool(b)
+        if not self.free(pool):
+            old = self.victim(pool)
+            if old is None or not self.admitted(b, e, p, old):
+                self.count("refused")
+                return False
+            self.evict(old)
+        self.flying[b] = Transfer(e, p, "")
+        self.count("prefetches")
+        self.count("prefetch_bytes", self.c.expert_bytes)
+        return True
+
+    def admitted(self, b: int, e: int, p: float, old: int) -> bool:
+        hint = self.hint(old)
+        if hint and hint[1] <= e and hint[0] >= p:
+            return False
+        if self.r.eviction == "belady":
+            return self.next_use(b) < self.next_use(old)
+        if self.r.eviction == "forecast":
+            return (hint[0] if hint else 0.0) < p
+        return self.r.eviction != "priced" or self.value(b) > self.value(old)
+
+    def start_transfers(self) -> None:
+        def turn(b: int) -> tuple[float, ...]:
+            e, p = self.queue[b]
+            return e, -p, b
+
+        if not self.link and self.link_free <= self.t:
+            staged = [b for b, x in self.flying.items() if x.stage == "staged"]
+            chosen = min(staged, key=lambda b: (self.flying[b].e, -self.flying[b].p, b), default=None)
+            for b in sorted([b for b in self.queue if self.in_host(b)], key=turn):
+                if chosen is None and self.start(b):
+                    chosen = b
+            if chosen is not None:
+                self.flying[chosen].stage = "copy"
+                self.link = (chosen, self.t, 0.0)
+                self.times[self.document]["link_busy_ns"] += self.copy
+        if not self.file and self.file_free <= self.t:
+            for b in sorted([b for b in self.queue if not self.in_host(b)], key=turn):
+                if not self.file and self.start(b):
+                    self.flying[b].stage = "read"
+                    self.file = (b, self.t + self.read, False)
+                    self.count("file_bytes", self.c.expert_bytes)
+
+    def link_end(self) -> float:
+        assert self.link
+        _, since, done = self.link
+        return since + (self.copy - done)
+
+    def land(self) -> None:
+        if self.link and self.link_end() <= self.t:
+            b = self.link[0]
+            self.link = None
+            if b in self.flying:
+                self.came_for[b] = self.flying.pop(b).e
+                self.present[b] = True
+                self.landed[b] = self.n + 1
+                self.marks.discard(b)
+        if self.file and self.file[1] <= self.t:
+            b, _, given_up = self.file
+            self.file = None
+            self.into_host(b)
+            if b in self.flying and not given_up:
+                self.flying[b].stage = "staged"
+
+    def work(self, until: float) -> None:
+        """The link, the file and the forecasts until a time."""
+        while True:
+            self.land()
+            while self.points and self.points[0][0] <= self.t:
+                self.arrive(self.points.pop(0)[1])
+            if self.t >= until:
+                return
+            self.start_transfers()
+            moments = [until, *(known for known, _ in self.points[:1])]
+            if self.link or self.link_free > self.t:
+                moments.append(self.link_end() if self.link else self.link_free)
+            if self.file or self.file_free > self.t:
+                moments.append(self.file[1] if self.file else self.file_free)
+            self.t = min(moments)
+
+    # ---- Events
+
+    def count(self, name: str, by: int = 1) -> None:
+        self.counts[self.document][name] += by
+
+    def evict(self, b: int) -> None:
+        unused = self.present.pop(b)
+        self.count("evictions")
+        self.count("wasted_bytes", self.c.expert_bytes if unused else 0)
+
+    def event(self, n: int) -> None:
+        step, layer = divmod(n, self.L)
+        c, began = self.c, self.t
+        if layer == 0:
+            self.document = int(self.w.document_S[step])
+            self.count("steps")
+            self.points.append((self.t + c.forecast_ns, step * (self.L + 1)))
+        times = self.times[self.document]
+        self.work(self.t + (c.pre_ns_N[n] + c.event_ns))
+        router = self.t
+        there, fetched, judged = self.demand(n)
+        self.points.append((router + c.forecast_ns, step * (self.L + 1) + layer + 1))
+        self.work(there)
+        self.work(there + c.exec_ns_N[n])
+        if self.r.admission == "gate" and not self.free(self.pool(layer * self.E)):
+            stay = [
+                self.decayed(b)
+                for b in self.present
+                if b not in self.pinned | self.marks and self.pool(b) == self.pool(layer * self.E)
+            ]
+            self.marks |= {b for b in judged if stay and self.decayed(b) <= min(stay)}
+        self.pinned = set()
+        if self.r.eviction == "none":
+            for b in [b for b in self.present if b // self.E == layer]:
+                if not (self.present[b] and self.came_for[b] > n):
+                    self.evict(b)
+        work, stall = c.pre_ns_N[n] + c.exec_ns_N[n], there - router
+        times["compute_ns"] += work + c.event_ns
+        times["stall_ns"] += stall
+        times["total_ns"] += self.t - began
+        new = {"busy": fetched * self.copy, "time": work + c.event_ns + stall, "work": work, "count": 1.0}
+        for name, x in new.items():
+            self.sums[name] = self.sums[name] * 2.0 ** (-1 / 64) + x
+
+    def demand(self, n: int) -> tuple[float, int, set[int]]:
+        """When all are there, how many had to be fetched, and who is to be judged by the gate."""
+        self.n = n
+        asked = [n % self.L * self.E + x for x in self.events[n]]
+        self.pinned = set(asked)
+        hits = [b for b in asked if b in self.present]
+        late = [b for b in asked if b in self.flying]
+        absent = [b for b in asked if b not in self.present and b not in self.flying]
+        judged = {b for b in asked if b in absent or (b in hits and b in self.marks)}
+        self.marks -= set(asked)
+        copies, reads = [], []
+        for b in asked:
+            self.touch(b)
+            self.uses[b].append(n)
+            if b in absent:
+                self.queue.pop(b, None)
+                (copies if self.in_host(b) else reads).append(b)
+        for b in [b for b, (e, _) in self.queue.items() if e <= n]:
+            del self.queue[b]
+            self.count("stale")
+        found = (("hits", hits), ("late", late), ("host_hits", copies), ("misses", reads))
+        for name, those in found:
+            self.count(name, len(those))
+        self.count("demand_bytes", len(absent) * self.c.expert_bytes)
+        self.count("file_bytes", len(reads) * self.c.expert_bytes)
+        times = self.times[self.document]
+        times["link_busy_ns"] += len(absent) * self.copy
+        for b in hits:
+            self.present[b] = False
+        if not absent and not late:
+            return self.t, 0, judged
+        there = self.fetch(asked, absent, late, copies, reads)
+        return there, len(absent), judged
+
+    def next_stop(self) -> float:
+        """The work that the copy under way has done when it can be stopped."""
+        assert self.link
+        _, since, done = self.link
+        if self.t == since:
+            return done
+        now, latency, chunk = done + (self.t - since), self.c.link_latency_ns, self.c.link_chunk_bytes
+        stops = [self.copy]
+        if chunk:
+            size = chunk / self.c.link_bytes_per_ns
+            stops += [latency + k * size for k in range(1, self.c.expert_bytes // chunk + 1)]
+        return min([stop for stop in stops if stop >= now], default=self.copy)
+
+    def fetch(
+        self, asked: list[int], absent: list[int], late: list[int], copies: list[int], reads: list[int]
+    ) -> float:
+        """Slots and copies of an event's experts; when the last one is there."""
+        router, times, pool = self.t, self.times[self.document], self.pool(asked[0])
+        link, stopped = router, None
+        if self.link:
+            link = self.link_end()
+            others = absent or [b for b in late if b != self.link[0]]
+            if others and self.link[0] not in late:
+                stopped = self.next_stop()
+                link = self.link[1] + (stopped - self.link[2])
+        lacking = len(absent) - self.free(pool)
+        lacking -= sum(self.pool(b) == pool and b not in self.pinned for b in self.present)
+        for _ in range(lacking):
+            those = [b for b in self.flying if b not in late and self.pool(b) == pool]
+            b = max(those, key=lambda b: (self.flying[b].e, -self.flying[b].p, b))
+            if self.link and self.link[0] == b:
+                times["link_busy_ns"] -= self.copy - (self.copy if stopped is None else stopped)
+                self.link, stopped = None, None
+            if self.file and self.file[0] == b:
+                self.file = (b, self.file[1], True)
+            del self.flying[b]
+            self.count("wasted_bytes", self.c.expert_bytes)
+        for b in absent:
+            if not self.free(pool):
+                old = self.victim(pool)
+                assert old is not None
+                self.evict(old)
+            self.present[b] = False
+        file = self.file[1] if self.file else router
+        ready: dict[int, tuple[float, int, int]] = {}  # when it may be copied, then its turn
+        for b in late:
+            stage = self.flying.pop(b).stage
+            self.present[b] = False
+            if stage == "copy":
+                times["late_ns"] += self.link_end() - router
+            else:
+                times["link_busy_ns"] += self.copy
+                ready[b] = (file, 1, b) if stage == "read" else (router, 0, b)
+        for b in copies:
+            ready[b] = (router, 2, b)
+        for b in reads:
+            file += self.read
+            ready[b] = (file, 2, b)
+        if not ready:
+            return link
+        while ready:
+            can = [b for b, (when, _, _) in ready.items() if when <= link]
+            if not can:
+                link = min(when for when, _, _ in ready.values())
+                continue
+            b = min(can, key=lambda b: ready[b][1:])
+            del ready[b]
+            link += self.copy
+            times["late_ns"] += link - router if b in late else 0.0
+        if reads:
+            self.file_free = file
+            for b in reads:
+                self.into_host(b)
+        self.link_free = link
+        if self.link and stopped is not None and stopped < self.copy:
+            self.link = (self.link[0], link, stopped)
+        return link
