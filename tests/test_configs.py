@@ -32,6 +32,7 @@ SIGNATURE_ONLY = {
     "text/directory": "reads files",
     "text/files": "reads files",
     "trainer/gpu": "needs a GPU",
+    "hardware/local": "reads what was measured",
 }
 
 

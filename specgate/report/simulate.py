@@ -167,18 +167,19 @@ class Simulation:
         with progress(self.console) as bar:
             task = bar.add_task("simulating", total=cells * len(self.policies))
             for batch in settings.batches:
-                fit = join(self._batches(self.train, batch)[: max(1, len(self.train) // batch)])
+                few = min(len(self.train), len(next(iter(foreseen.values()))))
+                if few < batch:
+                    raise ConfigError(
+                        f"{few} documents make no batch of {batch}; choose smaller simulate.batches or more "
+                        "documents."
+                    )
+                fit = join(self._batches(self.train, batch))
                 other = {label: self._batches(warm[label], batch) for label in self.policies}
                 seen = {label: join(documents) for label, documents in other.items() if documents}
                 batched = {
                     label: (other[label][: settings.warmup], self._batches(foreseen[label], batch))
                     for label in self.policies
                 }
-                if not next(iter(batched.values()))[1]:
-                    raise ConfigError(
-                        f"{len(next(iter(foreseen.values())))} documents make no batch of {batch}; choose "
-                        "smaller simulate.batches or more documents."
-                    )
                 for (name, hardware), share in product(self.hardware.items(), settings.residency):
                     rows += self._cell(
                         name, hardware, batch, share, fit, batched, seen, lambda: bar.advance(task)

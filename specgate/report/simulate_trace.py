@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from specgate.calibration.load import check_compatible
 from specgate.errors import ConfigError
@@ -24,6 +25,9 @@ from specgate.traces.windows import WindowDataset
 
 LEAST = 2.0**-9
 """Forecasts below this probability are left out: no price makes them worth fetching."""
+NEAR, EVERY = 6, 6
+"""Forecasts of more than so many layers ahead are renewed at every so-many-th point of a token only: they
+change little from point to point, and there would be millions of them."""
 WINDOWS = 16
 """Windows that a predictor reads at a time."""
 
@@ -108,11 +112,18 @@ def read_windows(
             forecasts = {}
             for name, p_BTPHE in found.items():
                 known_PH = (predictors[name].kinds != INVALID).cpu()
+                known_PH &= renewed_PH(*known_PH.shape)
                 p_TPHE = torch.where(known_PH[..., None], p_BTPHE[b, keep_T].clamp(0, 1), 0.0).nan_to_num(0.0)
                 flat_PHE = p_TPHE.reshape(-1, *p_TPHE.shape[2:]).numpy()
                 forecasts[name] = Forecasts.from_dense(flat_PHE, LEAST)
             yield Part(batch.experts_BTLK[b, keep_T].numpy(), forecasts)
         tick(len(some))
+
+
+def renewed_PH(P: int, H: int) -> Tensor:
+    """Which horizons a point's forecast is read of, bool ``[P, H]``."""
+    point_P1, horizon_H = torch.arange(P)[:, None], torch.arange(1, H + 1)
+    return (horizon_H <= NEAR) | (point_P1 % EVERY == 0)
 
 
 def assemble(parts: Sequence[Part], experts: int, name: str, tokens: int | None) -> dict[str, Workload]:
