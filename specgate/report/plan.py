@@ -153,6 +153,8 @@ class Planner:
             "trace": case.name,
             "own_trace": case.own,
             "forecasts": case.forecasts,
+            "documents": len(case.documents) // settings.batch_size * settings.batch_size
+            - settings.warmup * settings.batch_size,
             "trace_shape": [case.train.layers, case.train.experts, case.train.top_k],
         }
         found["traces"] = [case.identity] if case.identity else []
