@@ -93,7 +93,8 @@ class Simulator {
   double utilisation() const { return means_.time > 0 ? means_.busy / means_.time : 0; }
   double mean_event() const;
   double rise_of_threshold() const;
-  bool pays(int64_t point, uint32_t b, double p, int64_t horizon);
+  double price_of_link() const;
+  bool pays(int64_t point, uint32_t b, double p, double time, double price);
   bool start(uint32_t b, double p, int64_t e);
   void start_link();
   void start_file();

@@ -39,6 +39,7 @@ void Eviction::reset() {
   n_ = layer_ = step_ = kNone;
   for (size_t b = 0; b < blocks_.size(); ++b) {
     blocks_[b] = Block{};
+    blocks_[b].layer = static_cast<int64_t>(b) / experts_;
     blocks_[b].previous = blocks_[b].heat = -kNever;
     blocks_[b].next = kNever;
     places_[b] = gate_places_[b] = -1;
@@ -69,13 +70,13 @@ double Eviction::q(Block& block) {
 /// The value of a block with a live hint as of the next event of its layer.
 double Eviction::hinted_key(uint32_t b) {
   Block& block = blocks_[b];
-  const int64_t next = n_ + distance(b / experts_);
+  const int64_t next = n_ + distance(block.layer);
   return block.p * power(block.hint_event - next) + (1.0 - block.p) * power(layers_) * q(block);
 }
 
 double Eviction::value(uint32_t b) {
   const double from_next = hinted(b) ? hinted_key(b) : q(blocks_[b]);
-  return power(distance(b / experts_)) * from_next;
+  return power(distance(blocks_[b].layer)) * from_next;
 }
 
 Key Eviction::key(uint32_t b) {
@@ -104,7 +105,7 @@ Key Eviction::key(uint32_t b) {
 }
 
 BlockHeap& Eviction::heap_of(uint32_t b) {
-  const auto layer = static_cast<size_t>(b / experts_);
+  const auto layer = static_cast<size_t>(blocks_[b].layer);
   if (priced_) return heaps_[2 * layer + (hinted(b) ? 1 : 0)];
   return heaps_[pools_ == 1 ? 0 : layer];
 }
@@ -112,13 +113,13 @@ BlockHeap& Eviction::heap_of(uint32_t b) {
 void Eviction::enter(uint32_t b) {
   heap_of(b).push(key(b));
   if (rules_.gate && !blocks_[b].marked) {
-    gate_[pools_ == 1 ? 0 : b / experts_].push({blocks_[b].heat, blocks_[b].last, b});
+    gate_[pools_ == 1 ? 0 : static_cast<size_t>(blocks_[b].layer)].push({blocks_[b].heat, blocks_[b].last, b});
   }
 }
 
 void Eviction::leave(uint32_t b) {
   heap_of(b).remove(b);
-  if (rules_.gate && gate_places_[b] >= 0) gate_[pools_ == 1 ? 0 : b / experts_].remove(b);
+  if (rules_.gate && gate_places_[b] >= 0) gate_[pools_ == 1 ? 0 : static_cast<size_t>(blocks_[b].layer)].remove(b);
 }
 
 void Eviction::rekey(uint32_t b) {
@@ -177,15 +178,16 @@ void Eviction::use(uint32_t b, double next) {
 void Eviction::hint(uint32_t b, double p, int64_t e) {
   Block& block = blocks_[b];
   const bool stands = hints_ && places_[b] >= 0;
-  if (stands && priced_) heap_of(b).remove(b);  // may change heaps
+  const bool moves = stands && priced_ && !hinted(b);
+  if (moves) heap_of(b).remove(b);
   block.p = p;
   block.hint_event = e;
   if (!hints_) return;
   if (!block.listed) {
     block.listed = true;
-    listed_[b / experts_].push_back(b);
+    listed_[static_cast<size_t>(block.layer)].push_back(b);
   }
-  if (stands && priced_) {
+  if (moves) {
     heap_of(b).push(key(b));
   } else if (stands) {
     rekey(b);

@@ -62,6 +62,7 @@ class Eviction {
     double q = 0;
     int64_t q_step = -2;  // of `q`
     bool marked = false, listed = false;
+    int64_t layer = 0;
   };
 
   int64_t distance(int64_t layer) const;  // events from n to the next one of the layer

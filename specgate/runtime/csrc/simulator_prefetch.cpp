@@ -11,11 +11,17 @@ namespace specgate::sim {
 void Simulator::arrive(int64_t point) {
   if (!calls_.point_start) return;
   const int64_t first_event = first_event_of(point), end = end_of(point);
+  int64_t horizon = 0, e = 0;
+  uint32_t first_block = 0;
   for (int64_t i = calls_.point_start[point]; i < calls_.point_start[point + 1]; ++i) {
-    const int64_t e = first_event + calls_.horizon[i] - 1;
+    if (calls_.horizon[i] != horizon) {
+      horizon = calls_.horizon[i];
+      e = first_event + horizon - 1;
+      first_block = static_cast<uint32_t>(e % calls_.layers * calls_.experts);
+    }
     if (e <= begun_) continue;
     if (e >= end) break;
-    const auto b = static_cast<uint32_t>(e % calls_.layers * calls_.experts + calls_.foreseen[i]);
+    const uint32_t b = first_block + static_cast<uint32_t>(calls_.foreseen[i]);
     if (blocks_[b].seen == point) continue;
     blocks_[b].seen = point;
     eviction_.hint(b, calls_.p[i], e);
@@ -28,16 +34,21 @@ template <class Wanted>
 void Simulator::offer_all(int64_t point, int64_t depth, Wanted wanted) {
   if (!calls_.point_start) return;
   const int64_t first_event = first_event_of(point), end = end_of(point);
-  int64_t horizon = 0, rank = 0;
+  int64_t horizon = 0, rank = 0, e = 0;
+  uint32_t first_block = 0;
   double sum = 0;
   for (int64_t i = calls_.point_start[point]; i < calls_.point_start[point + 1]; ++i) {
-    const int64_t h = calls_.horizon[i], e = first_event + h - 1;
-    if (h > depth || e >= end) break;
+    if (calls_.horizon[i] != horizon) {
+      horizon = calls_.horizon[i];
+      e = first_event + horizon - 1;
+      first_block = static_cast<uint32_t>(e % calls_.layers * calls_.experts);
+      rank = 0, sum = 0;
+    }
+    if (horizon > depth || e >= end) break;
     if (e <= begun_) continue;
-    if (h != horizon) rank = 0, sum = 0, horizon = h;
-    const auto b = static_cast<uint32_t>(e % calls_.layers * calls_.experts + calls_.foreseen[i]);
+    const uint32_t b = first_block + static_cast<uint32_t>(calls_.foreseen[i]);
     const double p = calls_.p[i];
-    if (blocks_[b].place == Place::Absent && eviction_.hint_event(b) == e && wanted(b, p, h, rank, sum)) {
+    if (blocks_[b].place == Place::Absent && eviction_.hint_event(b) == e && wanted(b, p, horizon, rank, sum)) {
       if (waiting_.queued(b)) {
         waiting_.merge(b, p, e, host_.has(b));
       } else {
@@ -70,7 +81,10 @@ void Simulator::judge(int64_t point) {
     }
     case Fetch::Priced:
       return offer_all(point, depth_of(point),
-                       [&](uint32_t b, double p, int64_t h, int64_t, double) { return pays(point, b, p, h); });
+                       [&, mean = mean_event(), price = price_of_link()](uint32_t b, double p, int64_t h, int64_t,
+                                                                         double) {
+                         return pays(point, b, p, static_cast<double>(h) * mean, price);
+                       });
   }
 }
 
@@ -135,8 +149,12 @@ int64_t Simulator::depth_of(int64_t point) const {
   return unsure || backlog() > rules_.backlog_high * mean_event() ? 1 : rules_.depth;
 }
 
-/// Break-even: what the prefetch saves if the forecast is right against what it costs in any case.
-bool Simulator::pays(int64_t point, uint32_t b, double p, int64_t horizon) {
+double Simulator::price_of_link() const {
+  return utilisation() * (costs_.link_chunk_bytes > 0 ? rules_.price_scale : 1.0);
+}
+
+/// Break-even, `time` before the expert is used: what the prefetch saves if the forecast is right against what it costs in any case.
+bool Simulator::pays(int64_t point, uint32_t b, double p, double time, double price) {
   const size_t pool = pool_of(b);
   if (value_point_[pool] != point) {
     value_point_[pool] = point;
@@ -146,9 +164,8 @@ bool Simulator::pays(int64_t point, uint32_t b, double p, int64_t horizon) {
                                               : eviction_.value(static_cast<uint32_t>(victim));
   }
   const double load = copy_ns_ + (host_.has(b) ? 0.0 : read_ns_);
-  const double late = std::max(0.0, backlog() + copy_ns_ - static_cast<double>(horizon) * mean_event());
+  const double late = std::max(0.0, backlog() + copy_ns_ - time);
   const double saved = std::min(std::max(load - late, 0.0), load);
-  const double price = utilisation() * (costs_.link_chunk_bytes > 0 ? rules_.price_scale : 1.0);
   return p * saved > pool_value_[pool] * load + price * copy_ns_;
 }
 
