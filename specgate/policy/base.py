@@ -8,6 +8,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
+import numpy as np
+
 from specgate.errors import BudgetError, ConfigError, NotApplicableError
 from specgate.policy.costs import Costs
 from specgate.policy.rules import EVICTIONS, Rules
@@ -66,7 +68,21 @@ class Policy(ABC):
             return None
         if self.forecast_source == "oracle":
             return oracle_forecasts(workload, self.horizons)
-        return forecasts_of(self.name, workload)
+        return within(forecasts_of(self.name, workload), self.horizons)
+
+
+def within(forecasts: Forecasts, horizons: int) -> Forecasts:
+    """Those of the nearest horizons alone."""
+    if int(forecasts.horizon_M.max(initial=0)) <= horizons:
+        return forecasts
+    keep_M = forecasts.horizon_M <= horizons
+    before_M1 = np.concatenate([[0], np.cumsum(keep_M)])
+    return Forecasts(
+        before_M1[forecasts.start_P1],
+        forecasts.horizon_M[keep_M],
+        forecasts.expert_M[keep_M],
+        forecasts.p_M[keep_M],
+    )
 
 
 def forecasts_of(name: str, workload: Workload) -> Forecasts:

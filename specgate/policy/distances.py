@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from specgate.policy.memo import once_per_workload
 from specgate.policy.workload import Int, Small, Workload
-
-#: Rows of a layer's [S, E, E] comparison that are made at once.
-_CELLS = 1 << 24
 
 
 def last_use_SE(workload: Workload, layer: int) -> Int:
@@ -44,10 +42,7 @@ def ranks_SE(workload: Workload, layer: int) -> Small:
     last_SE = last_use_SE(workload, layer)
     key_SE = last_SE * E + np.arange(E)
     rank_SE = np.empty(key_SE.shape, dtype=np.int32)
-    rows = max(1, _CELLS // (E * E))
-    for first in range(0, len(key_SE), rows):
-        key = key_SE[first : first + rows]
-        rank_SE[first : first + rows] = 1 + (key[:, None, :] > key[:, :, None]).sum(-1)
+    np.put_along_axis(rank_SE, np.argsort(-key_SE, axis=1), np.arange(1, E + 1, dtype=np.int32)[None], axis=1)
     rank_SE[last_SE < 0] = E + 1
     return rank_SE
 
@@ -61,6 +56,7 @@ def stack_distances(workload: Workload) -> list[Small]:
     return found
 
 
+@once_per_workload
 def miss_curves_LC(workload: Workload) -> Int:
     """Misses of an LRU cache of C slots for each layer: int64 ``[L, E + 1]``, C = 0 to E.
 
@@ -71,4 +67,5 @@ def miss_curves_LC(workload: Workload) -> Int:
     for layer, distance in enumerate(stack_distances(workload)):
         hits = np.bincount(distance, minlength=E + 2)[: E + 1]
         curves[layer] = len(distance) - np.cumsum(hits)
+    curves.setflags(write=False)
     return curves

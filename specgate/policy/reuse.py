@@ -13,6 +13,10 @@ Slope 1 and intercept 0 say that the future is as the past was; a smaller slope 
 log-likelihood is concave in intercept and slope, so that Newton's method finds the maximum; the half-life is
 the best of a geometric grid. Sufficient statistics are gathered in bins of log f.
 
+The likelihood is that of the experts which a cache of the budget has to choose among: those whose recency
+rank in their layer is at most twice the layer's share of slots. What never comes near the cache would
+otherwise decide on the half-life.
+
 The discount is the maximum-likelihood rate of a geometric life time: of all slots that were held through an
 event, the share that was not handed to another expert in it, in LRU caches of the same budget.
 """
@@ -25,11 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from specgate.errors import ConfigError
-from specgate.policy.distances import miss_curves_LC
+from specgate.policy.distances import miss_curves_LC, ranks_SE
+from specgate.policy.memo import once_per_workload
 from specgate.policy.workload import Workload
 
 Floats = NDArray[np.float64]
-HALF_LIVES = (4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0)
+HALF_LIVES = (2.0, 4.0, 6.0, 8.0, 11.0, 16.0, 23.0, 32.0, 64.0, 128.0, 256.0)
 _FLOOR = 1e-6
 _BINS = 400
 _STEPS = 20_000  # of the training documents; more change nothing in the third digit
@@ -43,7 +48,7 @@ class Reuse:
         half_life: in steps.
         intercept, slope: see the module.
         discount: per event.
-        nll: mean negative log-likelihood of an expert's use at an event, in nats.
+        nll: mean negative log-likelihood of such an expert's use at an event, in nats.
     """
 
     half_life: float
@@ -61,12 +66,15 @@ def used_SLE(workload: Workload) -> NDArray[np.bool_]:
     return used_NE.reshape(workload.steps, workload.layers, workload.experts)
 
 
-def binned(used: NDArray[np.bool_], half_life: float) -> tuple[Floats, Floats, Floats]:
+def binned(
+    used: NDArray[np.bool_], half_life: float, keep: NDArray[np.bool_] | None = None
+) -> tuple[Floats, Floats, Floats]:
     """Statistics of all (step, layer, expert) after the first step, per bin of log f.
 
     Args:
         used: ``[S, L, E]``.
         half_life: in steps.
+        keep: ``[S, L, E]``, which of them count; None: all.
 
     Returns:
         The mean log f, how many, and how many of them used; bins without any are left out.
@@ -83,13 +91,14 @@ def binned(used: NDArray[np.bool_], half_life: float) -> tuple[Floats, Floats, F
         for i, now_LE in enumerate(part):
             f_RLE[i] = f_LE
             f_LE = g * (f_LE + (1 - g) * now_LE)  # before the next step, its age is 1
-        if first == 0:  # before the first step nothing is known of any expert
-            f_RLE, part = f_RLE[1:], part[1:]
-        x = np.log(f_RLE.ravel() + _FLOOR)
+        counts = np.ones(part.shape, dtype=bool) if keep is None else keep[first : first + rows].copy()
+        if first == 0:
+            counts[0] = False  # before the first step nothing is known of any expert
+        x = np.log(f_RLE[counts] + _FLOOR)
         of = np.clip(((x - lowest) / -lowest * _BINS).astype(np.int64), 0, _BINS - 1)
         x_sum += np.bincount(of, weights=x, minlength=_BINS)
         count += np.bincount(of, minlength=_BINS)
-        hits += np.bincount(of, weights=part.ravel(), minlength=_BINS)
+        hits += np.bincount(of, weights=part[counts], minlength=_BINS)
     full = count > 0
     return x_sum[full] / count[full], count[full], hits[full]
 
@@ -149,6 +158,7 @@ def fit_discount(train: Workload, slots: int) -> float:
     return min(max(1.0 - handed_over / held, 0.0), 1.0)
 
 
+@once_per_workload
 def fit_reuse(train: Workload, slots: int, half_lives: tuple[float, ...] = HALF_LIVES) -> Reuse:
     """Fits the model to training documents.
 
@@ -166,11 +176,14 @@ def fit_reuse(train: Workload, slots: int, half_lives: tuple[float, ...] = HALF_
         )
     train = train.part(0, min(train.steps, _STEPS))
     used = used_SLE(train)
+    near = np.stack([ranks_SE(train, layer) for layer in range(train.layers)], axis=1) <= 2 * max(
+        slots // train.layers, 1
+    )
     best: tuple[float, float, float, float] | None = None
     for half_life in half_lives:
-        intercept, slope, nll = fit_line(*binned(used, half_life))
+        intercept, slope, nll = fit_line(*binned(used, half_life, near))
         if best is None or nll < best[0]:
             best = (nll, half_life, intercept, slope)
     assert best is not None
     nll, half_life, intercept, slope = best
-    return Reuse(half_life, intercept, slope, fit_discount(train, slots), nll / used[1:].size)
+    return Reuse(half_life, intercept, slope, fit_discount(train, slots), nll / int(near[1:].sum()))

@@ -51,7 +51,7 @@ class ReinforcementLearning(Policy):
         steps: int = 50_000,
         thresholds: Sequence[float] = (0.2, 0.35, 0.5, 0.7, 0.9),
         depths: Sequence[int] = (1, 2, 3),
-        foresight: int = 6,
+        foresight: int = 24,
         eviction: str = "priced",
         hidden: int = 32,
         learning_rate: float = 1e-3,

@@ -41,8 +41,13 @@ def test_foresight_is_as_deep_as_its_source_says(name: str) -> None:
     if source in ("predictor", "next_gate"):
         with pytest.raises(NotApplicableError, match=f"policy={name} works on forecasts"):
             mine.foresee(train, workload)
-        seen = workload.with_forecasts(noisy_forecasts(workload, 2))
-        assert mine.foresee(train, seen) is seen.forecasts
+        seen = workload.with_forecasts(noisy_forecasts(workload, 4))
+        told = mine.foresee(train, seen)
+        assert told is not None
+        assert seen.forecasts is not None
+        for point in range(seen.points):
+            near = [entry for entry in seen.forecasts.at(point) if entry[0] <= mine.horizons]
+            assert list(told.at(point)) == near
         return
     found = mine.foresee(train, workload)
     if source == "none":

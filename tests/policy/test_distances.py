@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,13 +40,6 @@ def test_merged_batches_have_wider_events() -> None:
     curves_LC = distances.miss_curves_LC(workload)
     for size in range(widest, workload.experts + 1):
         assert curves_LC[1, size] == lru_misses(workload, 1, size)
-
-
-def test_small_blocks_of_rows_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    workload = small_workload(3)
-    whole = distances.ranks_SE(workload, 1)
-    monkeypatch.setattr(distances, "_CELLS", 1)
-    assert np.array_equal(distances.ranks_SE(workload, 1), whole)
 
 
 def test_by_hand() -> None:

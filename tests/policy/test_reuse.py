@@ -105,6 +105,24 @@ def test_a_cache_of_everything_hands_nothing_over() -> None:
     assert reuse.fit_discount(workload, 3 * 6) == 1.0
 
 
+def test_the_likelihood_is_of_the_experts_near_the_cache() -> None:
+    workload = small_workload(6, tokens=(40, 30))
+    slots, half_life, g = 6, 4.0, 2 ** (-1 / 4.0)  # 2 slots a layer: the 4 latest of each layer count
+    found = reuse.fit_reuse(workload, slots, (half_life,))
+    nll, entries = 0.0, 0
+    for layer in range(3):
+        recent: list[int] = []
+        for s in range(workload.steps):
+            now = workload.event(s * 3 + layer)
+            for e in recent[:4]:
+                f = sum((1 - g) * g ** (s - i) for i in range(s) if e in workload.event(i * 3 + layer))
+                q = min(float(np.exp(found.intercept + found.slope * np.log(f + 1e-6))), 1 - 1e-4)
+                nll -= np.log(q if e in now else 1 - q)
+                entries += 1
+            recent = sorted(now, reverse=True) + [e for e in recent if e not in now]
+    assert found.nll == pytest.approx(nll / entries, rel=5e-3)  # log f is binned
+
+
 def test_one_step_says_nothing() -> None:
     with pytest.raises(ConfigError, match="1 training steps"):
         reuse.fit_reuse(small_workload(tokens=(1,)), 8)
