@@ -7,13 +7,14 @@ horizons, S steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from specgate.calibration.load import find_checkpoint, load_predictor
 from specgate.errors import ConfigError
+from specgate.policy.base import Policy
 from specgate.policy.costs import Costs
 from specgate.policy.hardware import Hardware
 from specgate.policy.roofline import RUNTIMES, ModelSizes, Roofline, costs_of, roofline
@@ -36,6 +37,7 @@ class Case:
         batch_size: so many are decoded together. warmup: batches that are not counted.
         forecasts: whose, in words.
         identity: of the trace, plain values.
+        seen: what policies foresaw, by name.
     """
 
     name: str
@@ -46,6 +48,14 @@ class Case:
     warmup: int
     forecasts: str
     identity: dict[str, Any]
+    seen: dict[str, Workload] = field(default_factory=dict, repr=False)
+
+    def foreseen(self, policy: Policy) -> Workload:
+        """All documents as a policy sees them, in batches; worked out once."""
+        if policy.name not in self.seen:
+            documents = [d.with_forecasts(policy.foresee(self.train, d)) for d in self.documents]
+            self.seen[policy.name] = self.together(documents)
+        return self.seen[policy.name]
 
     @property
     def blocks(self) -> int:

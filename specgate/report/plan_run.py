@@ -75,8 +75,7 @@ def run_policy(name: str, case: Case, timing: Timing, slots: int, host: int) -> 
     """
     chosen = policy(name)
     train = case.train
-    documents = [d.with_forecasts(chosen.foresee(train, d)) for d in case.documents]
-    work = case.together(documents)
+    work = case.foreseen(chosen)
     rules = chosen.fit(train, timing.train, max(slots, train.widest))
     warmest = np.argsort(train.use_counts_LE().reshape(-1), kind="stable")[case.blocks - host :]
     room = chosen.slots_of(train, slots)
