@@ -26,7 +26,7 @@ from specgate.moe.text import bundled_documents
 from specgate.report.live_settings import Budget, LiveSettings
 from specgate.report.replay_shape import ModelShape
 from specgate.runtime.layout import aligned
-from specgate.runtime.store import PAGE
+from specgate.runtime.store_settings import PAGE
 
 SPECIALS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}  # of the bundled tokenizers
 

@@ -22,7 +22,8 @@ from specgate.runtime import codecs
 from specgate.runtime.layout import aligned
 from specgate.runtime.packed import PackedHeader, PackedWriter
 from specgate.runtime.source import ExpertSource
-from specgate.runtime.store import PAGE, ExpertStore, StoreSettings
+from specgate.runtime.store import ExpertStore, StoreSettings
+from specgate.runtime.store_settings import PAGE
 
 TIERS = ("memory", "file")
 STEP = 7919  # a prime: rows by which a block's matrices are turned against those of the block before

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 
 from specgate.errors import BudgetError, ConfigError
-from specgate.runtime.reference_policies import Belady, Static
+from specgate.runtime.reference_policies import Belady, Priced, Static
 from specgate.runtime.reference_state import Job, State, Want
 
 
@@ -332,3 +332,26 @@ class Ledger(State):
         for policy in (self.device_policy, self.host_policy):
             if isinstance(policy, Belady):
                 policy.future = [list(event) for event in events]
+
+    def set_reuse(
+        self,
+        experts: int,
+        half_life: float = 64.0,
+        discount: float = 0.99,
+        intercept: float = 0.0,
+        slope: float = 1.0,
+    ) -> None:
+        """What the policy ``priced`` knows of reuse; block b is of layer ``b // experts``.
+
+        Raises:
+            ConfigError: numbers that say nothing of reuse.
+        """
+        numbers = (half_life, intercept, slope)
+        if not (all(map(math.isfinite, numbers)) and half_life > 0 and 0 <= discount <= 1 and slope >= 0):
+            raise ConfigError(
+                f"half_life={half_life}, discount={discount}, intercept={intercept} and slope={slope} say "
+                "nothing of reuse: fit them (specgate.policy.reuse)"
+            )
+        for policy in (self.device_policy, self.host_policy):
+            if isinstance(policy, Priced):
+                policy.set_reuse(experts, half_life, discount, intercept, slope)

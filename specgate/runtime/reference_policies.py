@@ -143,6 +143,81 @@ class Belady(Policy):
         return self.next_use(new, tick) < self.next_use(victim, tick)
 
 
+class Priced(LFRU):
+    """Least value: the expected use of a block, discounted by how many events away it is.
+
+    Layers run in turns; the last demanded block says which one runs. With a live forecast (p, deadline) the
+    value is ``p * discount^(deadline - now) + (1 - p) * discount^(ahead + layers) * q``, without one
+    ``discount^ahead * q``, where ``ahead`` is the number of events until the block's layer runs again (1 to
+    ``layers``) and q the probability of a use then, from frequency and recency:
+    ``min(1, exp(intercept + slope * log(f + 1e-6)))``, f uses per step, halved every ``half_life`` steps. A
+    use consumes a forecast, and it lapses after its deadline.
+    """
+
+    def __init__(self, blocks: int, half_life: float) -> None:
+        super().__init__(blocks, half_life)
+        self.blocks, self.now, self.current = blocks, 0, 0
+        self.p = [0.0] * blocks
+        self.deadline = [0] * blocks
+        self.live = [False] * blocks
+        self.set_reuse(0, half_life, 0.99, 0.0, 1.0)
+
+    def set_reuse(
+        self, experts: int, half_life: float, discount: float, intercept: float, slope: float
+    ) -> None:
+        """``experts`` of a layer (0: all blocks are of one), and what ``specgate.policy.reuse`` fitted."""
+        self.experts = experts
+        self.layers = max(1, -(-self.blocks // experts)) if experts else 1
+        self.steps, self.half_life = half_life, half_life * self.layers
+        self.discount, self.intercept, self.slope = discount, intercept, slope
+
+    def layer(self, block: int) -> int:
+        return block // self.experts if self.experts else 0
+
+    def use(self, block: int, tick: int) -> None:
+        super().use(block, tick)
+        self.live[block] = False
+        self.current = self.layer(block)
+
+    def hint(self, block: int, p: float, deadline: int) -> None:
+        self.p[block], self.deadline[block], self.live[block] = p, deadline, True
+
+    def advance(self, now: int) -> None:
+        self.now = now
+        for block, deadline in enumerate(self.deadline):
+            if deadline < now:
+                self.live[block] = False
+
+    def value(self, block: int, tick: int) -> float:
+        ahead = (self.layer(block) - self.current % self.layers - 1) % self.layers + 1
+        share = 1.0 - 2.0 ** (-1.0 / self.steps)
+        uses = share * self.f[block] * 2.0 ** (-(tick + ahead - self.since[block]) / self.half_life)
+        q = min(1.0, math.exp(self.intercept + self.slope * math.log(uses + 1e-6)))
+        if not self.live[block]:
+            return float(self.discount**ahead * q)
+        due, p = max(self.deadline[block] - self.now, 1), self.p[block]
+        return float(p * self.discount**due + (1.0 - p) * self.discount ** (ahead + self.layers) * q)
+
+    def victim(self, evictable: Iterable[int], tick: int) -> int | None:
+        first: dict[int, int] = {}  # of each layer, the least used block without a forecast
+        candidates = []
+        for block in evictable:
+            if self.live[block]:
+                candidates.append(block)
+                continue
+            layer = self.layer(block)
+            if layer not in first or self._order(block, tick) < self._order(first[layer], tick):
+                first[layer] = block
+        candidates += first.values()
+        return min(candidates, key=lambda b: (self.value(b, tick), self.last[b], b), default=None)
+
+    def _order(self, block: int, tick: int) -> tuple[float, ...]:
+        return (*self.key(block, tick), block)
+
+    def admits(self, new: int, victim: int, tick: int) -> bool:
+        return self.value(victim, tick) < self.value(new, tick)
+
+
 POLICIES: dict[str, type[Policy]] = {
     "lru": Policy,
     "lfu": LFU,
@@ -150,5 +225,6 @@ POLICIES: dict[str, type[Policy]] = {
     "static": Static,
     "forecast": Forecast,
     "belady": Belady,
+    "priced": Priced,
 }
 """Every policy by its name in ``Ledger(policy=...)``."""

@@ -11,75 +11,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
 from specgate.errors import BudgetError, ConfigError, StoreError
 from specgate.runtime import native
-from specgate.runtime.layout import BlockLayout, aligned
+from specgate.runtime.layout import BlockLayout
 from specgate.runtime.source import ExpertSource
+from specgate.runtime.store_settings import StoreSettings, host_slots_that_fit
 
 NEVER = 1 << 62  # a deadline
-PAGE = 4096
-SPARED = 0.5  # of free memory, left to others when host_bytes is not given
 _KINDS = ("read", "copy", "direct", "stall")
 _LEVELS = ("demand", "prefetch")
-
-
-@dataclass(frozen=True)
-class StoreSettings:
-    """How the store moves bytes.
-
-    Attributes:
-        eviction, host_eviction: ``lru``, ``lfu``, ``lfru``, ``static``, ``forecast`` or ``belady``.
-        half_life: of ``lfru``, in events.
-        max_pending: forecast experts that wait for a transfer at most.
-        max_reads: experts read from the file at a time.
-        prefetch_copy_bytes, prefetch_read_bytes: of forecast experts in flight at most; what a demanded one
-            can find before it on the link.
-        piece_bytes: a forecast expert is copied to a GPU in pieces of so many, between which a demanded one
-            goes first; 0: as a whole.
-        reader: ``auto``, ``io_uring`` or ``pread``.
-        direct: read past the page cache (O_DIRECT) where the file system allows it.
-        depth: reads in flight for io_uring; threads: for pread.
-        workers: threads that decompress.
-        timeline: newest transfers and stalls kept for :meth:`ExpertStore.timeline`.
-        poison: fill slots with NaN before an expert lies in them.
-        faults: for tests: (offset, errno, limit): reads of that byte of a file fail or end early; a negative
-            errno makes them late by as many milliseconds.
-    """
-
-    eviction: str = "lru"
-    host_eviction: str = "lru"
-    half_life: float = 64.0
-    max_pending: int = 1024
-    max_reads: int = 8
-    prefetch_copy_bytes: int = 64 << 20
-    prefetch_read_bytes: int = 64 << 20
-    piece_bytes: int = 2 << 20
-    reader: str = "auto"
-    direct: bool = True
-    depth: int = 32
-    threads: int = 4
-    workers: int = 2
-    timeline: int = 100_000
-    poison: bool = False
-    faults: tuple[tuple[int, int, int], ...] = ()
-
-
-def host_slots_that_fit(block_bytes: int, blocks: int, host_bytes: int | None) -> int:
-    """Encoded experts that ``host_bytes`` hold, or half of the free memory; not more than all."""
-    slab = aligned(block_bytes, PAGE)
-    if host_bytes is not None and host_bytes < 0:
-        raise ConfigError(f"host_bytes={host_bytes} is negative; write 0 for no host tier.")
-    room = int(psutil.virtual_memory().available * SPARED) if host_bytes is None else host_bytes
-    return min(blocks, room // slab)
 
 
 class ExpertStore:
@@ -163,6 +110,7 @@ class ExpertStore:
             prefetch_copy_bytes=settings.prefetch_copy_bytes,
             prefetch_read_bytes=settings.prefetch_read_bytes,
             piece_bytes=settings.piece_bytes,
+            price_scale=-1.0 if settings.price_scale is None else settings.price_scale,
             half_life=settings.half_life,
             device=self.device.index if self.device.type == "cuda" else -1,
             poison=settings.poison,
@@ -286,6 +234,21 @@ class ExpertStore:
     def set_weights(self, weights: Tensor) -> None:
         """Weights of eviction ``static``, least first out: ``[L, E]``."""
         self._core.set_weights(weights.double().flatten().tolist())
+
+    def set_reuse(
+        self, half_life: float = 64.0, discount: float = 0.99, intercept: float = 0.0, slope: float = 1.0
+    ) -> None:
+        """What eviction ``priced`` knows of reuse, fitted by :mod:`specgate.policy.reuse`.
+
+        Args:
+            half_life: of uses, in steps (each runs every layer once).
+            discount: of a later use, per event.
+            intercept, slope: of the logarithm of the probability of a use in that of the decayed uses.
+
+        Raises:
+            ConfigError: numbers that say nothing of reuse.
+        """
+        self._core.set_reuse(self.experts, half_life, discount, intercept, slope)
 
     def set_future(self, events: Sequence[tuple[int, Sequence[int]]]) -> None:
         """All events to come, (layer, experts) each, for eviction ``belady``."""

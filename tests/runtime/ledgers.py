@@ -11,7 +11,7 @@ import pytest
 from specgate.errors import SpecgateError
 from specgate.runtime import native, reference
 
-POLICIES = ("lru", "lfu", "lfru", "static", "forecast", "belady")
+POLICIES = ("lru", "lfu", "lfru", "static", "forecast", "belady", "priced")
 Make = Callable[..., Any]
 LEDGERS: dict[str, Make] = {"reference": reference.Ledger}
 if native.available():
@@ -146,7 +146,19 @@ def any_twins(random: Random) -> Twins:
     )
     twins.set_future([any_event(random, blocks) for _ in range(80)])
     twins.set_weights([random.choice([0.0, 0.5, 1.0, 2.0]) for _ in range(blocks)])
+    twins.set_reuse(*any_reuse(random))
     return twins
+
+
+def any_reuse(random: Random) -> tuple[int, float, float, float, float]:
+    """Experts of a layer, half-life, discount, intercept, slope."""
+    return (
+        random.choice([0, 1, 2, 3]),
+        random.choice([0.5, 3.0, 64.0]),
+        random.choice([0.5, 0.9, 0.99]),
+        random.choice([-0.3, 0.0]),
+        random.choice([0.4, 1.0]),
+    )
 
 
 def any_event(random: Random, blocks: int) -> list[int]:
@@ -165,6 +177,7 @@ RATES = {
     "ready": 2,
     "set_weights": 1,
     "set_future": 1,
+    "set_reuse": 1,
 }
 """How often ``any_call`` makes each call."""
 
@@ -197,4 +210,6 @@ def any_call(random: Random, twins: Twins, now: int) -> tuple[Any, ...]:
             return "set_weights", [random.choice([0.0, 0.5, 1.0, 2.0]) for _ in range(blocks)]
         case "set_future":
             return "set_future", [any_event(random, blocks) for _ in range(80)]
+        case "set_reuse":
+            return "set_reuse", *any_reuse(random)
     return "demand", any_event(random, blocks)

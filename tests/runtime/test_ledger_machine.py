@@ -89,6 +89,16 @@ class LedgerMachine(RuleBasedStateMachine):
         self.call("set_future", events)
 
 
+    @rule(
+        experts=st.integers(0, 3),
+        half_life=st.sampled_from([-1.0, 0.5, 8.0]),
+        discount=st.sampled_from([0.5, 0.97, 1.5]),
+        slope=st.sampled_from([0.0, 0.5, 1.0]),
+    )
+    def set_reuse(self, experts: int, half_life: float, discount: float, slope: float) -> None:
+        self.call("set_reuse", experts, half_life, discount, -0.1, slope)
+
+
 LedgerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestLedgerMachine = LedgerMachine.TestCase
 

@@ -116,6 +116,39 @@ def test_static_and_belady(source, open_store):
         assert store.stats()["hit"] == 1
 
 
+def test_priced_keeps_what_is_foreseen(source, open_store):
+    with open_store(source, 3, settings=StoreSettings(eviction="priced")) as store:
+        store.set_reuse(half_life=8.0, discount=0.9, intercept=-0.2, slope=0.8)
+        for layer in range(3):
+            check(store, source, layer, [5])  # each a step ago or less; layer 0 runs last of all
+        store.advance(3)
+        assert store.prefetch(1, 5, 0.99, deadline=4) == "resident"
+        assert store.prefetch(2, 5, 0.0, deadline=5) == "resident"
+        check(store, source, 3, [7])
+        assert store.state(1, 5)[0] == "PRESENT"
+        assert store.state(2, 5)[0] == "ABSENT", "foreseen not to be used, and used again after a whole step"
+        with pytest.raises(ConfigError, match=r"discount=1\.5"):
+            store.set_reuse(discount=1.5)
+
+
+def test_a_forecast_that_is_not_worth_its_bytes_is_not_fetched(source, open_store):
+    settings = StoreSettings(eviction="priced", price_scale=1.0)
+    with open_store(source, 4, settings=settings) as store:
+        for layer in range(8):
+            for expert in (0, 1):
+                check(store, source, layer, [expert])
+            store.drain()
+        for _ in range(8):  # four experts that are used in every step
+            check(store, source, 0, [0, 1, 2, 3])
+        assert store.prefetch(5, 9, 0.0, deadline=99) == "refused"
+        assert store.prefetch(0, 3, 0.0, deadline=99) == "resident", "nothing is moved for that"
+        assert store.stats()["unworthy"] == 1
+        assert store.state(5, 9)[0] == "ABSENT"
+        check(store, source, 5, [9])
+    with pytest.raises(ConfigError, match=r"price_scale=0\.5.* needs eviction=priced, not lru"):
+        open_store(source, 4, settings=StoreSettings(price_scale=0.5))
+
+
 def test_a_budget_below_one_call(source, open_store):
     with open_store(source, 3) as store:
         with pytest.raises(BudgetError, match="4 experts are needed at once and the budget holds 3"):

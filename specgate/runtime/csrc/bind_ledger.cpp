@@ -128,6 +128,14 @@ void bind_ledger(nb::module_& m) {
              self.policy().set_future(events);
              self.host_policy().set_future(events);
            })
+      .def(
+          "set_reuse",
+          [](Ledger& self, uint32_t experts, double half_life, double discount, double intercept, double slope) {
+            const Reuse reuse{experts, half_life, discount, intercept, slope};
+            self.policy().set_reuse(reuse);
+            self.host_policy().set_reuse(reuse);
+          },
+          "experts"_a, "half_life"_a = 64.0, "discount"_a = 0.99, "intercept"_a = 0.0, "slope"_a = 1.0)
       .def("invariants", &Ledger::check);
 }
 

@@ -152,6 +152,7 @@ nb::dict stats(const Store& store) {
   out["failures"] = own.failures;
   out["followed"] = own.followed;
   out["lost"] = own.lost;
+  out["unworthy"] = own.unworthy;
   out["device_bytes"] = store.device_bytes();
   out["host_bytes"] = store.host_bytes();
   return out;
@@ -174,7 +175,7 @@ void bind_store(nb::module_& m) {
              int64_t prefetch_copy_bytes, int64_t prefetch_read_bytes, double half_life, int device, bool poison,
              size_t timeline, int workers, const std::string& reader, bool direct, int depth, int threads,
              std::vector<FaultTuple> faults, bool in_memory, const std::vector<uintptr_t>& memory,
-             int64_t piece_bytes) {
+             int64_t piece_bytes, double price_scale) {
             StoreConfig config;
             config.paths = std::move(paths);
             config.blocks = stored_blocks(blocks);
@@ -194,6 +195,7 @@ void bind_store(nb::module_& m) {
                                  "piece_bytes=" + std::to_string(piece_bytes) + " must be 0 or more");
             }
             config.piece_bytes = static_cast<size_t>(piece_bytes);
+            config.price_scale = price_scale;
             config.reader.backend = backend_of(reader);
             config.reader.direct = direct;
             config.reader.depth = depth;
@@ -208,7 +210,7 @@ void bind_store(nb::module_& m) {
           "half_life"_a = 64.0, "device"_a = -1, "poison"_a = false, "timeline"_a = 0, "workers"_a = 2,
           "reader"_a = "auto", "direct"_a = true, "depth"_a = 32, "threads"_a = 4,
           "faults"_a = std::vector<FaultTuple>{}, "in_memory"_a = false,
-          "memory"_a = std::vector<uintptr_t>{}, "piece_bytes"_a = int64_t{2} << 20)
+          "memory"_a = std::vector<uintptr_t>{}, "piece_bytes"_a = int64_t{2} << 20, "price_scale"_a = -1.0)
       .def("acquire", &acquire, "blocks"_a, "stream"_a = 0)
       .def("release", &Store::release, "blocks"_a, "stream"_a = 0, nb::call_guard<nb::gil_scoped_release>())
       .def(
@@ -251,6 +253,12 @@ void bind_store(nb::module_& m) {
       .def("reader_backend", &Store::reader_backend)
       .def("set_weights", &Store::set_weights)
       .def("set_future", &Store::set_future)
+      .def(
+          "set_reuse",
+          [](Store& self, uint32_t experts, double half_life, double discount, double intercept, double slope) {
+            self.set_reuse({experts, half_life, discount, intercept, slope});
+          },
+          "experts"_a, "half_life"_a, "discount"_a, "intercept"_a, "slope"_a)
       .def("invariants", &Store::check);
 }
 

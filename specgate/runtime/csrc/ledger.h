@@ -108,6 +108,17 @@ class Ledger {
   int64_t now() const { return now_; }
   int64_t jobs_in_flight() const { return static_cast<int64_t>(jobs_.size()); }
   int64_t wants() const { return static_cast<int64_t>(demands_.size() + prefetches_.size()) + jobs_in_flight(); }
+  /// The policies hear of a forecast that is not fetched.
+  void hint(uint32_t b, double p, int64_t deadline) {
+    check_id(b);
+    policy_.hint(b, p, deadline);
+    host_policy_.hint(b, p, deadline);
+  }
+  /// Bytes of forecasts that are on the link or wait for it, as if all blocks were of this size.
+  int64_t backlog(int64_t block_bytes) const {
+    return copy_flight_[1] + static_cast<int64_t>(weakest_.size()) * block_bytes;
+  }
+  bool has_free_slot(uint32_t shape_class) const { return !free_slots_[shape_class].empty(); }
   Policy& policy() { return policy_; }
   Policy& host_policy() { return host_policy_; }
   const LedgerOptions& options() const { return options_; }

@@ -18,8 +18,9 @@ PolicyKind policy_kind(const std::string& name) {
   if (name == "static") return PolicyKind::Static;
   if (name == "forecast") return PolicyKind::Forecast;
   if (name == "belady") return PolicyKind::Belady;
+  if (name == "priced") return PolicyKind::Priced;
   throw StoreFailure(StoreFailure::Kind::Config,
-                     "eviction=" + name + " is unknown: choose lru, lfu, lfru, static, forecast or belady");
+                     "eviction=" + name + " is unknown: choose lru, lfu, lfru, static, forecast, belady or priced");
 }
 
 Policy::Policy(PolicyKind kind, const std::vector<uint32_t>& block_class, uint32_t classes, double half_life)
@@ -27,10 +28,16 @@ Policy::Policy(PolicyKind kind, const std::vector<uint32_t>& block_class, uint32
       half_life_(half_life),
       block_class_(block_class),
       entries_(block_class.size()),
-      evictable_(classes) {
+      evictable_(classes),
+      counts_(classes) {
   if (!(half_life > 0)) {
     throw StoreFailure(StoreFailure::Kind::Config,
                        "half_life=" + std::to_string(half_life) + " must be a positive number of events");
+  }
+  if (kind == PolicyKind::Priced) {
+    Reuse reuse;
+    reuse.half_life = half_life;
+    set_reuse(reuse);
   }
 }
 
@@ -46,6 +53,9 @@ Policy::Key Policy::key(uint32_t block) const {
       return {entry.last, entry.last, block};
     case PolicyKind::Lfu:
       return {entry.uses, entry.last, block};
+    case PolicyKind::Priced:
+      return {entry.frequency > 0 ? std::log2(entry.frequency) + entry.since / half_life_ticks_ : -kNever, entry.last,
+              block};
     case PolicyKind::Lfru:
       // log2 of the decayed frequency, moved to time 0: the order of two blocks does not change with time
       return {entry.frequency > 0 ? std::log2(entry.frequency) + entry.since / half_life_ : -kNever, entry.last, block};
@@ -66,11 +76,16 @@ void Policy::update(uint32_t block, Change change) {
     change(entry);
     return;
   }
-  std::set<Key>& order = evictable_[block_class_[block]];
-  auto node = order.extract(key(block));  // no allocation
+  auto node = order_of(block).extract(key(block));  // no allocation
   change(entry);
   node.value() = key(block);
-  order.insert(std::move(node));
+  order_of(block).insert(std::move(node));
+}
+
+std::set<Policy::Key>& Policy::order_of(uint32_t block) {
+  const uint32_t c = block_class_[block];
+  if (kind_ != PolicyKind::Priced) return evictable_[c];
+  return evictable_[c * (layers_ + 1) + (entries_[block].hinted_now ? layers_ : layer_of(block))];
 }
 
 void Policy::advance(int64_t tick) {
@@ -91,29 +106,37 @@ void Policy::insert(uint32_t block, int64_t tick) {
 void Policy::use(uint32_t block, int64_t tick) {
   const auto now = static_cast<double>(tick);
   update(block, [&](Entry& entry) {
+    const double half_life = kind_ == PolicyKind::Priced ? half_life_ticks_ : half_life_;
     entry.last = now;
     entry.uses += 1;
-    entry.frequency = entry.frequency * std::pow(2.0, -(now - entry.since) / half_life_) + 1.0;
+    entry.frequency = entry.frequency * std::pow(2.0, -(now - entry.since) / half_life) + 1.0;
     entry.since = now;
     entry.score = 0;
+    entry.hinted_now = false;
   });
+  current_layer_ = layer_of(block);
 }
 
 void Policy::hint(uint32_t block, double p, int64_t deadline) {
-  if (kind_ != PolicyKind::Forecast) return;
+  if (kind_ != PolicyKind::Forecast && kind_ != PolicyKind::Priced) return;
   hints_.erase({entries_[block].hinted_until, block});
   hints_.emplace(deadline, block);
   update(block, [&](Entry& entry) {
     entry.score = entry.hinted = p;
     entry.hinted_until = deadline;
+    entry.hinted_now = true;
   });
 }
 
 void Policy::lapse(int64_t now) {
+  now_ = now;
   while (!hints_.empty() && hints_.begin()->first < now) {
     const uint32_t block = hints_.begin()->second;
     hints_.erase(hints_.begin());
-    update(block, [](Entry& entry) { entry.score = entry.hinted = 0; });
+    update(block, [](Entry& entry) {
+      entry.score = entry.hinted = 0;
+      entry.hinted_now = false;
+    });
   }
 }
 
@@ -121,7 +144,8 @@ void Policy::join(uint32_t block) {
   Entry& entry = entries_[block];
   if (entry.evictable) return;
   entry.evictable = true;
-  std::set<Key>& order = evictable_[block_class_[block]];
+  ++counts_[block_class_[block]];
+  std::set<Key>& order = order_of(block);
   if (spare_.empty()) {
     order.insert(key(block));
   } else {
@@ -133,11 +157,13 @@ void Policy::join(uint32_t block) {
 void Policy::leave(uint32_t block) {
   Entry& entry = entries_[block];
   if (!entry.evictable) return;
-  spare_ = evictable_[block_class_[block]].extract(key(block));
+  spare_ = order_of(block).extract(key(block));
+  --counts_[block_class_[block]];
   entry.evictable = false;
 }
 
 int64_t Policy::victim(uint32_t shape_class) const {
+  if (kind_ == PolicyKind::Priced) return priced_victim(shape_class);
   const std::set<Key>& order = evictable_[shape_class];
   return order.empty() ? -1 : static_cast<int64_t>(std::get<2>(*order.begin()));
 }
@@ -145,6 +171,7 @@ int64_t Policy::victim(uint32_t shape_class) const {
 bool Policy::admits(uint32_t block, uint32_t victim) const {
   if (kind_ == PolicyKind::Forecast) return entries_[victim].score < entries_[block].hinted;
   if (kind_ == PolicyKind::Belady) return next_use(block) < next_use(victim);
+  if (kind_ == PolicyKind::Priced) return value(victim) < value(block);
   return true;
 }
 

@@ -14,10 +14,18 @@
 namespace specgate {
 
 /// What decides who is evicted.
-enum class PolicyKind { Lru, Lfu, Lfru, Static, Forecast, Belady };
+enum class PolicyKind { Lru, Lfu, Lfru, Static, Forecast, Belady, Priced };
 
-/// From its name: lru, lfu, lfru, static, forecast, belady. Throws StoreFailure(Config) for another.
+/// From its name: lru, lfu, lfru, static, forecast, belady, priced. Throws StoreFailure(Config) for another.
 PolicyKind policy_kind(const std::string& name);
+
+/// What `priced` knows of reuse (specgate.policy.reuse fits it). Block b is of layer b / experts; a step runs each once.
+struct Reuse {
+  uint32_t experts = 0;   ///< per layer; 0: all blocks are of one layer
+  double half_life = 64;  ///< of uses, in steps
+  double discount = 0.99; ///< per event
+  double intercept = 0, slope = 1;
+};
 
 /// The order of eviction of one tier.
 class Policy {
@@ -44,11 +52,15 @@ class Policy {
   bool admits(uint32_t block, uint32_t victim) const;
 
   void set_weights(const std::vector<double>& weights);
+  /// Throws StoreFailure(Config) for numbers that make no sense.
+  void set_reuse(const Reuse& reuse);
+  /// What `priced` thinks that the block is worth now: its expected use, discounted.
+  double value(uint32_t block) const;
   /// `events[i]`: blocks of the (i + 1)-th event.
   void set_future(const std::vector<std::vector<uint32_t>>& events);
   /// How many blocks of the class may be evicted.
   int64_t evictable_count(uint32_t shape_class) const {
-    return static_cast<int64_t>(evictable_[shape_class].size());
+    return counts_[shape_class];
   }
   /// Whether the block is in the evictable set.
   bool evictable(uint32_t block) const { return entries_[block].evictable; }
@@ -57,13 +69,17 @@ class Policy {
   struct Entry {
     double last = 0, uses = 0, frequency = 0, since = 0, weight = 0, score = 0, hinted = 0;
     int64_t hinted_until = 0;
-    bool evictable = false;
+    bool evictable = false, hinted_now = false;  // hinted_now: a forecast of it counts (priced)
     std::vector<int64_t> future;  // ticks, ascending
     size_t next = 0;              // first of `future` after the current tick
   };
   using Key = std::tuple<double, double, uint32_t>;
 
   Key key(uint32_t block) const;
+  std::set<Key>& order_of(uint32_t block);
+  uint32_t layer_of(uint32_t block) const { return reuse_.experts ? block / reuse_.experts : 0; }
+  int64_t next_event(uint32_t layer) const;
+  int64_t priced_victim(uint32_t shape_class) const;
   double next_use(uint32_t block) const;
   /// Changes the block's entry and keeps the ordered set right.
   template <typename Change>
@@ -73,11 +89,15 @@ class Policy {
   double half_life_;
   const std::vector<uint32_t>& block_class_;
   std::vector<Entry> entries_;
-  std::vector<std::set<Key>> evictable_;  // per class
+  std::vector<std::set<Key>> evictable_;  // per class; for priced, per class and layer, and one of hinted ones
+  std::vector<int64_t> counts_;           // per class
+  Reuse reuse_;
+  uint32_t layers_ = 1, current_layer_ = 0;  // of priced
+  double half_life_ticks_ = 64;
   std::set<Key>::node_type spare_;        // of the last that left: spares an allocation
   std::vector<std::vector<uint32_t>> events_;
   std::set<std::pair<int64_t, uint32_t>> hints_;  // (deadline, block) of forecasts that count
-  int64_t tick_ = 0;
+  int64_t tick_ = 0, now_ = 0;
 };
 
 }  // namespace specgate

@@ -30,6 +30,10 @@ Store::Store(StoreConfig config) : config_(std::move(config)), timeline_(config_
   if (!config_.memory.empty() && (!config_.ledger.resident_host || config_.memory.size() != config_.blocks.size())) {
     refuse("memory= is for a store of blocks in memory and names the place of each: leave it out");
   }
+  if (config_.price_scale >= 0 && config_.eviction != "priced") {
+    refuse("price_scale=" + std::to_string(config_.price_scale) + " needs eviction=priced, not " + config_.eviction +
+           ": only a price tells what a slot is worth");
+  }
   if (config_.workers < 1) refuse("workers=" + std::to_string(config_.workers) + " must be 1 or more");
   ledger_ = std::make_unique<Ledger>(classes_of(config_.blocks), bytes_of(config_.formats), config_.device_slots,
                                      config_.host_slots, config_.eviction, config_.host_eviction, config_.ledger);
@@ -78,6 +82,10 @@ bool Store::demand(const std::vector<uint32_t>& blocks) {
   require_open();
   ledger_->demand(blocks);
   ++counters_.acquires;
+  if (config_.price_scale >= 0) {
+    pricer_.event(now_ns(), counters_.stall_ns - stall_seen_ns_);
+    stall_seen_ns_ = counters_.stall_ns;
+  }
   if (ledger_->ready(blocks, false)) return true;
   if (!errors_.empty()) {
     for (const uint32_t b : blocks) errors_.erase(b);
@@ -174,7 +182,7 @@ void Store::release(const std::vector<uint32_t>& blocks, uintptr_t stream) {
 Asked Store::prefetch(uint32_t block, double p, int64_t deadline, Target target) {
   const std::lock_guard lock(mutex_);
   require_open();
-  const Asked asked = ledger_->prefetch(block, p, deadline, target);
+  const Asked asked = ask({block, p, deadline, target});
   if (asked == Asked::Queued) pump();
   return asked;
 }
@@ -184,7 +192,7 @@ void Store::prefetch_all(const std::vector<Foreknown>& foreknown) {
   require_open();
   bool queued = false;
   for (const Foreknown& f : foreknown) {
-    queued |= ledger_->prefetch(f.block, f.p, f.deadline, f.target) == Asked::Queued;
+    queued |= ask(f) == Asked::Queued;
   }
   if (queued) pump();
 }
@@ -264,6 +272,12 @@ void Store::set_weights(const std::vector<double>& weights) {
   const std::lock_guard lock(mutex_);
   ledger_->policy().set_weights(weights);
   ledger_->host_policy().set_weights(weights);
+}
+
+void Store::set_reuse(const Reuse& reuse) {
+  const std::lock_guard lock(mutex_);
+  ledger_->policy().set_reuse(reuse);
+  ledger_->host_policy().set_reuse(reuse);
 }
 
 void Store::set_future(const std::vector<std::vector<uint32_t>>& events) {

@@ -17,6 +17,7 @@
 #include "device.h"
 #include "file_reader.h"
 #include "ledger.h"
+#include "price.h"
 #include "speculate.h"
 #include "task_pool.h"
 #include "timeline.h"
@@ -44,6 +45,7 @@ struct StoreConfig {
   bool poison = false;
   size_t timeline = 0;
   int workers = 2;  ///< threads that decompress
+  double price_scale = -1.0;  ///< on the link's utilisation, in the price of a forecast (priced); < 0: fetch all
   size_t piece_bytes = size_t{2} << 20;  ///< of a forecast's copy, between which a demand goes first; 0: whole
 };
 
@@ -59,6 +61,7 @@ struct Foreknown {
 struct StoreCounters {
   int64_t stall_ns = 0, stalls = 0, acquires = 0, failures = 0;
   int64_t followed = 0, lost = 0;  ///< forecasts of a ring that were seen, and overwritten before
+  int64_t unworthy = 0;            ///< forecasts that were not worth their bytes
 };
 
 class Store {
@@ -106,6 +109,7 @@ class Store {
   std::vector<Span> timeline() const;
   void set_weights(const std::vector<double>& weights);
   void set_future(const std::vector<std::vector<uint32_t>>& events);
+  void set_reuse(const Reuse& reuse);
   void check() const;
   int64_t host_bytes() const { return host_bytes_; }
   int64_t device_bytes() const { return device_bytes_; }
@@ -120,6 +124,8 @@ class Store {
 
   void require_open() const;
   void advance_clock(int64_t now);              // mutex_ is held, as for all below
+  Asked ask(const Foreknown& foreknown);
+  bool worth(const Foreknown& foreknown) const;
   void pump();
   void start(const Job& job);
   void start_read(const Job& job);
@@ -155,6 +161,9 @@ class Store {
   std::unordered_map<uint32_t, std::string> errors_;
   std::string broken_;                          // a failure after which values may be wrong
   Timeline timeline_;
+  Pricer pricer_;
+  int64_t link_free_ns_ = 0, stall_seen_ns_ = 0;
+  double read_ns_ = 0, read_bytes_ = 0;         // of demands
   StoreCounters counters_;
   bool closed_ = false, closing_ = false;
   std::atomic<bool> following_{false};

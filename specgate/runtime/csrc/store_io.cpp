@@ -168,6 +168,17 @@ void Store::land(int64_t id, JobStatus status, const std::string& error) {
   const Flight flight = found->second;
   flights_.erase(found);
   copying_[flight.job.block] = false;
+  if (config_.price_scale >= 0 && flight.job.level == Level::Demand && status == JobStatus::Ok) {
+    const int64_t now = now_ns();
+    const auto bytes = static_cast<double>(ledger_->bytes(flight.job.block));
+    if (flight.job.kind == JobKind::Read) {
+      read_ns_ += static_cast<double>(now - flight.begin_ns);
+      read_bytes_ += bytes;
+    } else {
+      pricer_.moved(bytes, static_cast<double>(now - std::max(flight.begin_ns, link_free_ns_)), true);
+      link_free_ns_ = now;
+    }
+  }
   if (flight.scratch) scratch_.push_back(flight.scratch);
   if (flight.staging) staging_.push_back(flight.staging);
   if (timeline_.on()) {

@@ -1,0 +1,36 @@
+// Which forecasts are worth their bytes now.
+#include "store.h"
+
+namespace specgate {
+
+Asked Store::ask(const Foreknown& f) {
+  if (config_.price_scale >= 0 && f.block < ledger_->size() && f.p >= 0 && f.p <= 1 && !worth(f)) {
+    ledger_->hint(f.block, f.p, f.deadline);
+    ++counters_.unworthy;
+    return Asked::Refused;
+  }
+  return ledger_->prefetch(f.block, f.p, f.deadline, f.target);
+}
+
+/// What cannot be judged yet, or needs no new transfer, is.
+bool Store::worth(const Foreknown& f) const {
+  const Block& block = ledger_->block(f.block);
+  if (f.target != Target::Device || f.deadline < ledger_->now() || block.device != Place::Absent || block.want) {
+    return true;
+  }
+  if (!pricer_.knows()) return true;
+  const auto bytes = static_cast<double>(ledger_->bytes(f.block));
+  const double copy_ns = bytes * pricer_.ns_per_byte();
+  const bool in_host = block.host != Place::Absent || config_.ledger.resident_host;
+  const double load_ns = copy_ns + (in_host || read_bytes_ <= 0 ? 0.0 : bytes * read_ns_ / read_bytes_);
+  const double backlog_ns = static_cast<double>(ledger_->backlog(ledger_->bytes(f.block))) * pricer_.ns_per_byte();
+  double value = 0;
+  if (!ledger_->has_free_slot(block.shape_class)) {
+    const int64_t victim = ledger_->policy().victim(block.shape_class);
+    if (victim >= 0) value = ledger_->policy().value(static_cast<uint32_t>(victim));
+  }
+  const int64_t ahead = std::max<int64_t>(f.deadline - ledger_->now(), 1);
+  return pricer_.worth(f.p, ahead, load_ns, copy_ns, backlog_ns, value, config_.price_scale);
+}
+
+}  // namespace specgate
