@@ -16,7 +16,6 @@ from rich.console import Console
 from specgate.moe.offload_plan import GB, size, typed_gb
 from specgate.policy.hardware import Hardware
 from specgate.policy.roofline import ModelSizes
-from specgate.report.identity import trace_identity
 from specgate.report.plan_case import Case, choose_case, timing
 from specgate.report.plan_run import BEST, CACHES, PREDICTION, Run, case_slots, run_all, run_policy
 from specgate.report.plan_settings import PlanSettings
@@ -147,11 +146,13 @@ class Planner:
         if not split.fits:
             return found | {"verdict": verdict(found)}
         console.print(f"simulating {self.shape.name} on {self.hardware.device}", highlight=False)
-        identities = {name: trace_identity(data, name) for name, data in self.traces.items()}
-        case = choose_case(settings, self.sizes, self.traces, identities)
+        family = str(self.shape.config["model_type"])
+        case = choose_case(settings, self.sizes, family, self.traces)
         found["plan"] |= {
             "trace": case.name,
             "own_trace": case.own,
+            "bundled": not case.identity,
+            "missing": list(case.missing),
             "forecasts": case.forecasts,
             "documents": len(case.documents) // settings.batch_size * settings.batch_size
             - settings.warmup * settings.batch_size,
@@ -261,7 +262,8 @@ def plan(
     """Plans one model on one machine; returns the content of metrics.json.
 
     Args:
-        traces: whose routing may be simulated; the model's own is taken if it is among them, else the first.
+        traces: whose routing may be simulated; the model's own is taken if it is among them, else the first
+            that is there, else what comes with specgate.
         run: simulates one policy.
 
     Raises:

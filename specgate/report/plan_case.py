@@ -1,4 +1,4 @@
-"""Whose routing a plan is simulated with: the model's own trace, or that of another model in its place.
+"""Whose routing a plan is simulated with: the model's own trace, or another model's in its place.
 
 Letters: L MoE layers, E experts of a layer, K experts per token, N events, M entries of a list of lists, H
 horizons, S steps.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,11 @@ from specgate.policy.hardware import Hardware
 from specgate.policy.roofline import RUNTIMES, ModelSizes, Roofline, costs_of, roofline
 from specgate.policy.workload import Forecasts, Workload, decoding, join, merge, oracle_forecasts
 from specgate.predictors.base import Predictor
+from specgate.report.identity import trace_identity
+from specgate.report.plan_sample import load_sample
 from specgate.report.plan_settings import PlanSettings
 from specgate.report.simulate_trace import documents_of
-from specgate.runtime.store import StoreSettings
+from specgate.runtime.store_settings import StoreSettings
 from specgate.traces.datamodule import RoutingDataModule
 
 
@@ -36,7 +39,8 @@ class Case:
         documents: one by one, with forecasts.
         batch_size: so many are decoded together. warmup: batches that are not counted.
         forecasts: whose, in words.
-        identity: of the trace, plain values.
+        identity: of the trace, plain values; empty for routing that comes with specgate.
+        missing: traces that were named and are not there.
         seen: what policies foresaw, by name.
     """
 
@@ -48,6 +52,7 @@ class Case:
     warmup: int
     forecasts: str
     identity: dict[str, Any]
+    missing: tuple[str, ...] = ()
     seen: dict[str, Workload] = field(default_factory=dict, repr=False)
 
     def foreseen(self, policy: Policy) -> Workload:
@@ -86,42 +91,56 @@ class Timing:
 
 
 def choose_case(
-    settings: PlanSettings,
-    sizes: ModelSizes,
-    traces: Mapping[str, RoutingDataModule],
-    identities: Mapping[str, Any],
+    settings: PlanSettings, sizes: ModelSizes, family: str, traces: Mapping[str, RoutingDataModule]
 ) -> Case:
-    """The trace of the model's own shape if there is one among ``traces``, else the first of them.
+    """The trace of the model's own shape if there is one among ``traces``, else the first that was recorded
+    while decoding, else the routing of a bundled model.
+
+    Args:
+        family: of the architecture.
 
     Raises:
-        ConfigError: no trace, too few documents, or a predictor for another trace.
+        ConfigError: too few documents, or a predictor for another trace.
+        TraceError: a damaged trace.
     """
-    if not traces:
-        raise ConfigError("mode=plan needs the routing of some trace; name one with data=.")
+    there = {name: data for name, data in traces.items() if all(Path(p).exists() for p in data.paths)}
+    missing = tuple(name for name in traces if name not in there)
     want = (sizes.layers, sizes.experts, sizes.top_k)
-    own = [n for n, d in traces.items() if (d.spec.layers, d.spec.experts, d.spec.top_k) == want]
-    name = own[0] if own else next(iter(traces))
-    data, predictor = traces[name], None
-    if settings.checkpoints:
-        if not own:
-            raise ConfigError(
-                f"plan.checkpoints names a predictor, and there is no trace of {sizes.name} that it could "
-                "foresee; leave it out, or name the model's trace with data=."
-            )
-        predictor = load_predictor(find_checkpoint(settings.checkpoints[0]))
+    own = [n for n, d in there.items() if (d.spec.layers, d.spec.experts, d.spec.top_k) == want]
+    if settings.checkpoints and not own:
+        raise ConfigError(
+            f"plan.checkpoints names a predictor, and there is no trace of {sizes.name} that it could "
+            "foresee; leave it out, or name the model's trace with data=."
+        )
     count = (settings.documents + settings.warmup) * settings.batch_size
-    documents = _documents(data, settings.split, count, settings, predictor, settings.seed)
+    predictor = None
+    decoded = [n for n, d in there.items() if d.spec.phase == "decode"]
+    usable = [*(n for n in own if n in decoded), *own, *decoded]
+    if usable:
+        name = usable[0]
+        if settings.checkpoints:
+            predictor = load_predictor(find_checkpoint(settings.checkpoints[0]))
+        documents = _documents(there[name], settings.split, count, settings, predictor, settings.seed)
+        fitted = settings.train_documents
+        train = _documents(there[name], "train", fitted, settings, predictor, settings.seed + 1)
+        identity = trace_identity(there[name], name)
+    else:
+        sample = load_sample(family, settings.tokens)
+        name, identity = sample.name, {}
+        own = [name] if name == sizes.name else []
+        documents = _with_forecasts(sample.documents["validation"][:count], settings, settings.seed)
+        train = sample.documents["train"][: settings.train_documents]
+        train = _with_forecasts(train, settings, settings.seed + 1)
     if len(documents) < (settings.warmup + 1) * settings.batch_size:
         raise ConfigError(
-            f"The {settings.split} split of {name} has {len(documents)} documents, too few for "
-            f"plan.batch_size={settings.batch_size} and plan.warmup={settings.warmup}; write less of them."
+            f"There are {len(documents)} documents of {name}, too few for plan.batch_size="
+            f"{settings.batch_size} and plan.warmup={settings.warmup}; write less of them."
         )
-    train = _documents(data, "train", settings.train_documents, settings, predictor, settings.seed + 1)
     shares = " / ".join(f"{100 * r:g}" for r in settings.recall)
     words = f"that foresee {shares} % of the experts used" if predictor is None else f"of {predictor.name}"
     return Case(
         name, bool(own), join(train), tuple(documents), settings.batch_size, settings.warmup, words,
-        identities.get(name, {}),
+        identity, missing,
     )  # fmt: skip
 
 
@@ -137,9 +156,13 @@ def _documents(
     found = documents_of(data, split, count, settings.tokens, foreseen)
     if predictor is not None:
         return found["predictor"]
+    return _with_forecasts(found["none"], settings, seed)
+
+
+def _with_forecasts(documents: Sequence[Workload], settings: PlanSettings, seed: int) -> list[Workload]:
     return [
         work.with_forecasts(likely_forecasts(work, settings.recall, seed + 1000 * i))
-        for i, work in enumerate(found["none"])
+        for i, work in enumerate(documents)
     ]
 
 

@@ -59,10 +59,16 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
     lines += _contexts(found["contexts"], about["context"])
     if not about["own_trace"]:
         L, E, K = about["trace_shape"]
+        whose = (
+            f"{about['trace']}, a small model that comes with specgate"
+            if about["bundled"]
+            else about["trace"]
+        )
+        missing = f" (data={', '.join(about['missing'])} is not there)" if about["missing"] else ""
         lines.append(
-            f"No trace of {name} is here: its hit rates are those of {about['trace']} ({L} layers, "
-            f"{K} of {E} experts), scaled by the share of experts that a step uses, an estimate that another "
-            "routing can miss by far; collect a trace to know."
+            f"No trace of {name} is here{missing}: its hit rates are those of {whose} ({L} layers, "
+            f"{K} of {E} experts), scaled by the share of experts that a step uses, an estimate that "
+            "another routing can miss by far; collect a trace to know."
         )
     if not found["machine"]["measured"]:
         lines.append(

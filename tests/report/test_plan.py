@@ -90,7 +90,7 @@ def by_hits(*rates: float) -> Callable[..., Outcome]:
 )
 def test_nonsense_is_refused_in_one_clear_sentence(changed: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says) as raised:
-        plan(PlanSettings(**QUICK | changed), shape(), machine(), {})
+        plan(PlanSettings(**QUICK | changed), shape(), machine(), {}, run=by_hits(0, 0, 0, 0, 0))
     text = str(raised.value)
     assert text.endswith(".")
     assert "\n" not in text
@@ -102,8 +102,6 @@ def test_impossible_models_are_refused() -> None:
         plan(PlanSettings(**QUICK), shape(num_experts_per_tok=9), machine(), {})
     with pytest.raises(ConfigError, match=r"plan\.context=512 is more than the 256 tokens that tiny can see"):
         plan(PlanSettings(**QUICK | {"context": 512}), shape(max_position_embeddings=256), machine(), {})
-    with pytest.raises(ConfigError, match="needs the routing of some trace"):
-        plan(PlanSettings(**QUICK), shape(), machine(), {})
 
 
 @pytest.mark.parametrize(
@@ -233,6 +231,14 @@ def test_another_models_routing_is_labelled(data: RoutingDataModule) -> None:
     assert "No trace of tiny is here: its hit rates are those of t (4 layers, 2 of 8 experts)" in text
     assert "an estimate" in text
     assert "the trace of another model, t" in tables_of(found)[1].notes[0]
+
+
+def test_without_any_trace_the_bundled_routing_is_labelled() -> None:
+    values = QUICK | {"budget_gb": budget(12), "runtime": "fused"}
+    found = plan(PlanSettings(**values), shape(), machine(), {}, run=by_hits(0, 0.4, 0.4, 0.6, 0.8))
+    text = " ".join(found["verdict"])
+    assert "those of olmoe_ref, a small model that comes with specgate (8 layers, 4 of 32 experts)" in text
+    assert found["traces"] == []
 
 
 def test_the_curve_starts_where_it_runs_and_ends_where_all_fits(data: RoutingDataModule) -> None:

@@ -10,18 +10,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from specgate.errors import BudgetError, ConfigError
 from specgate.policy.roofline import RUNTIMES, ModelSizes, costs_of
 from specgate.policy.workload import Workload, decoding, join, oracle_forecasts
 from specgate.report.plan_case import Case, choose_case, likely_forecasts, timing
 from specgate.report.plan_run import Outcome, binds, case_slots, row_of, run_all, run_policy, scaled_share
+from specgate.report.plan_sample import load_sample, write_sample
 from specgate.report.plan_settings import PlanSettings
 from specgate.report.plan_sizes import sizes_of
+from specgate.report.simulate_trace import documents_of
 from specgate.runtime import native
 from specgate.traces.datamodule import RoutingDataModule
 from tests.policy.machines import machine
 from tests.report.replays import E, K, L, data_of, save_predictor, shape, write_decode_trace
+from tests.report.test_plan_sizes import shape_of as bundled
+from tests.traces.helpers import header_for, stack_info, write_trace
 
 QUICK = PlanSettings(documents=1, tokens=8, warmup=1, train_documents=3, runtime="fused")
 
@@ -110,16 +115,16 @@ def test_layers_that_use_everything_leave_nobody_to_be_wrong_about() -> None:
 
 def test_a_trace_of_the_same_shape_is_the_models_own(data: RoutingDataModule) -> None:
     sizes = sizes_of(shape())
-    found = choose_case(QUICK, sizes, {"other": data, "mine": data}, {"other": {"name": "other"}})
+    found = choose_case(QUICK, sizes, "olmoe", {"other": data, "mine": data})
     assert (found.name, found.own) == ("other", True)
-    assert found.identity == {"name": "other"}
+    assert found.identity["name"] == "other"
     assert len(found.documents) == QUICK.documents + QUICK.warmup
     assert {w.steps for w in found.documents} == {QUICK.tokens}
     assert "foresee 82 / 82 / 81 %" in found.forecasts
 
 
 def test_another_models_routing_stands_in_and_says_so(data: RoutingDataModule) -> None:
-    found = choose_case(QUICK, sizes_of(shape(num_hidden_layers=5)), {"t": data}, {})
+    found = choose_case(QUICK, sizes_of(shape(num_hidden_layers=5)), "olmoe", {"t": data})
     assert (found.name, found.own) == ("t", False)
     assert (found.train.layers, found.train.experts, found.train.top_k) == (L, E, K)
 
@@ -127,18 +132,67 @@ def test_another_models_routing_stands_in_and_says_so(data: RoutingDataModule) -
 def test_a_predictor_foresees_its_own_trace(data: RoutingDataModule, tmp_path: Path) -> None:
     checkpoint = str(save_predictor(data, tmp_path / "predictor.ckpt"))
     asked = replace(QUICK, checkpoints=[checkpoint])
-    found = choose_case(asked, sizes_of(shape()), {"t": data}, {})
+    found = choose_case(asked, sizes_of(shape()), "olmoe", {"t": data})
     assert found.forecasts == "of mlp"
     assert all(w.forecasts is not None for w in found.documents)
     with pytest.raises(ConfigError, match="no trace of tiny that it could foresee"):
-        choose_case(asked, sizes_of(shape(num_hidden_layers=5)), {"t": data}, {})
+        choose_case(asked, sizes_of(shape(num_hidden_layers=5)), "olmoe", {"t": data})
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "routed"),
+    [("olmoe", "olmoe_ref", (8, 32, 4)), ("switch_transformers", "switch_ref", (6, 8, 1))],
+)
+def test_without_a_trace_a_bundled_models_routing_stands_in(
+    family: str, name: str, routed: tuple[int, int, int], tmp_path: Path
+) -> None:
+    lost = RoutingDataModule(tmp_path / "nowhere", phase="decode")
+    found = choose_case(replace(QUICK, tokens=20), tiny(), family, {"lost": lost})
+    assert (found.name, found.own, found.missing, found.identity) == (name, False, ("lost",), {})
+    assert (found.train.layers, found.train.experts, found.train.top_k) == routed
+    assert found.train.documents == QUICK.train_documents
+    assert [w.steps for w in found.documents] == [20, 20]
+    seen = {tuple(w.expert_M.tolist()) for w in (*found.documents, found.train.document(0))}
+    assert len(seen) == 3, "no document is fitted on and run"
+
+
+def test_routing_of_prompts_stands_in_for_nobody(tmp_path: Path) -> None:
+    """A prompt's routing is another one; the model's own may be taken for want of better."""
+    stack = {"decoder": stack_info(L=L, E=E, K=K, D=None, hidden="none")}
+    folder = tmp_path / "prefill"
+    write_trace(folder, stack, shards=[[12] * 40], header=header_for(stack, documents=40), routers=False)
+    read = RoutingDataModule(folder, phase="prefill", window=12, batch_size=8)
+    assert choose_case(QUICK, sizes_of(shape(num_hidden_layers=5)), "olmoe", {"t": read}).name == "olmoe_ref"
+    assert choose_case(QUICK, sizes_of(shape()), "olmoe", {"t": read}).own
+
+
+def test_a_bundled_model_has_its_own_routing() -> None:
+    found = choose_case(QUICK, sizes_of(bundled("olmoe_ref")), "olmoe", {})
+    assert (found.name, found.own) == ("olmoe_ref", True)
+
+
+def test_the_bundled_routing_is_real() -> None:
+    """The experts of a token come back at the next one more often than by chance."""
+    for work in load_sample("olmoe", 128).documents["train"]:
+        assert all(len(work.event(n)) == 4 for n in range(work.events))
+    work = join(load_sample("olmoe", 128).documents["train"])
+    again = [len({*work.event(n)} & {*work.event(n + 8)}) for n in range(0, work.events - 8)]
+    assert np.mean(again) > 1.2 * 4 * 4 / 32
+
+
+def test_a_sample_is_made_of_a_trace(data: RoutingDataModule, tmp_path: Path) -> None:
+    path = write_sample(data.paths[0], "mine", tmp_path)
+    with safe_open(path, framework="numpy") as file:
+        first = file.get_tensor("train.0")
+        assert file.metadata() == {"experts": str(E)}
+    (work,) = documents_of(data, "train", 1)["none"]
+    assert first.shape == (work.steps, L, K)
+    assert first.reshape(-1).tolist() == work.expert_M.tolist()
 
 
 def test_too_few_documents_are_refused(data: RoutingDataModule) -> None:
-    with pytest.raises(ConfigError, match="needs the routing of some trace"):
-        choose_case(QUICK, sizes_of(shape()), {}, {})
     with pytest.raises(ConfigError, match=r"too few for plan\.batch_size=50"):
-        choose_case(replace(QUICK, batch_size=50), sizes_of(shape()), {"t": data}, {})
+        choose_case(replace(QUICK, batch_size=50), sizes_of(shape()), "olmoe", {"t": data})
 
 
 # ---------------------------------------------------------------------- costs
