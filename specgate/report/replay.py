@@ -32,7 +32,15 @@ from specgate.report.partial import Partial
 from specgate.report.replay_rows import make_rows
 from specgate.report.replay_run import Body, Probe, Runner, SlotExperts
 from specgate.report.replay_script import Script, load_script, make_script, save_script
-from specgate.report.replay_settings import Entry, ReplaySettings, entries, plan_name, variant_of
+from specgate.report.replay_settings import (
+    LEARNS,
+    LEAST,
+    Entry,
+    ReplaySettings,
+    entries,
+    plan_name,
+    variant_of,
+)
 from specgate.report.replay_shape import ModelShape, check_trace
 from specgate.report.replay_store import RandomBlocks, Stores
 from specgate.report.replay_trace import all_events, make_plans
@@ -77,15 +85,25 @@ class Replay:
         self.entries = entries(settings, shape, predicts)
         if not self.entries:
             raise ConfigError("All of replay.variants need a predictor; name its run in checkpoints=[...].")
+        learning = [name for name in settings.variants if variant_of(name)[0].eviction in LEARNS]
+        if learning and self.script.fitted is None:
+            raise ConfigError(
+                f"{settings.script} was made without training documents, which {learning[0]} needs; delete it "
+                "and make it again."
+            )
         left = [] if predicts else wanted
         self.skipped = [{"variant": name, "reason": "no predictor is named"} for name in left]
         own = {name: variant_of(name)[1] for name in wanted}
-        thresholds = {plan_name(n): settings.threshold if p is None else p for n, p in own.items()}
+        thresholds = {plan_name(n): self._least(n) if p is None else p for n, p in own.items()}
         self.documents = self.script.documents
         make_plans(self.documents, settings.lookahead, thresholds)
         known = asdict(settings) | {"resume": None, "trace": trace, "shape": shape.describe()}
         self.partial = Partial(folder, known, settings.resume)
         self.energy = EnergyCounter(self.device)
+
+    def _least(self, name: str) -> float:
+        """The threshold of a variant that names none."""
+        return LEAST if variant_of(name)[0].eviction == "priced" else self.settings.threshold
 
     def _script(self, predicts: bool) -> Script:
         """From the file, or from the trace; then the file is written, if one is named."""
@@ -102,7 +120,8 @@ class Replay:
         check_trace(self.shape, self.trace, spec.layers, spec.experts, spec.top_k)
         if settings.checkpoints and predicts:
             predictor = load_predictor(find_checkpoint(settings.checkpoints[0]))
-        script = make_script(self.trace, data, settings.split, count, settings.tokens, predictor)
+        learns = file is not None or any(variant_of(n)[0].eviction in LEARNS for n in settings.variants)
+        script = make_script(self.trace, data, settings.split, count, settings.tokens, predictor, learns)
         if file is not None:
             save_script(script, file)
             self.console.print(f"{file}: {count} documents, to be replayed elsewhere", highlight=False)
@@ -196,6 +215,7 @@ class Replay:
         kind = entry.kind
         settings = StoreSettings(
             eviction=kind.eviction,
+            price_scale=self.settings.price_scale if kind.eviction == "priced" else None,
             prefetch_copy_bytes=self.settings.prefetch_mib << 20,
             prefetch_read_bytes=self.settings.prefetch_mib << 20,
             timeline=1 << 20 if watched else 0,
@@ -203,6 +223,8 @@ class Replay:
         blocks = self.shape.layers * self.shape.experts
         warm, timed = self.documents[: self.settings.warmup], self.documents[self.settings.warmup :]
         with stores.open(entry.slots, settings) as store:
+            if self.script.fitted is not None:
+                self.script.fitted.tell(store, kind.eviction)
             if kind.eviction == "belady":
                 store.set_future(all_events(self.documents))
             arenas = {name: store.arena(name) for name in self.shape.pieces}

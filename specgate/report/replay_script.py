@@ -26,6 +26,7 @@ from specgate.errors import ConfigError, TraceError
 from specgate.predictors.base import Predictor
 from specgate.report.evaluate import labels_of
 from specgate.report.identity import trace_identity
+from specgate.report.replay_fit import Fitted, fit
 from specgate.report.replay_trace import Document, load_documents
 from specgate.traces.datamodule import RoutingDataModule
 
@@ -41,6 +42,7 @@ class Script:
         trace: its name. identity, labels: as ``trace_identity`` and ``labels_of`` give them.
         split: that the documents are of.
         predictor: name of the one whose forecasts are in the documents, or None.
+        fitted: what policies learn from training documents; None in a script that was made without.
     """
 
     documents: list[Document]
@@ -49,6 +51,7 @@ class Script:
     labels: Mapping[str, str]
     split: str
     predictor: str | None
+    fitted: Fitted | None = None
 
     def part(self, documents: int, tokens: int) -> Script:
         """The first documents and tokens.
@@ -71,9 +74,15 @@ def _first(document: Document, tokens: int) -> Document:
 
 
 def make_script(
-    trace: str, data: RoutingDataModule, split: str, documents: int, tokens: int, predictor: Predictor | None
+    trace: str,
+    data: RoutingDataModule,
+    split: str,
+    documents: int,
+    tokens: int,
+    predictor: Predictor | None,
+    learns: bool = True,
 ) -> Script:
-    """A script from a trace.
+    """A script from a trace; ``learns``: with what policies learn from its training documents.
 
     Raises:
         SpecgateError: as :func:`specgate.report.replay_trace.load_documents`.
@@ -85,6 +94,7 @@ def make_script(
         labels={k: v for k, v in labels_of(data, trace).items() if k != "split"},
         split=split,
         predictor=None if predictor is None else predictor.name,
+        fitted=fit(data) if learns else None,
     )
 
 
@@ -97,6 +107,7 @@ def save_script(script: Script, path: Path) -> None:
         if document.p_TPHE is not None:
             tensors[f"{i}.p"] = document.p_TPHE.contiguous()
     about = {name: getattr(script, name) for name in ("trace", "identity", "labels", "split", "predictor")}
+    about["fitted"] = None if script.fitted is None else script.fitted.plain()
     about |= {"version": VERSION, "names": [document.name for document in script.documents]}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -133,6 +144,13 @@ def load_script(path: Path) -> Script:
             f"{path} is no script of a replay ({' '.join(str(error).split())[:120]}); delete it and make "
             "it again."
         ) from None
+    fitted = about.get("fitted")
     return Script(
-        documents, about["trace"], about["identity"], about["labels"], about["split"], about["predictor"]
+        documents,
+        about["trace"],
+        about["identity"],
+        about["labels"],
+        about["split"],
+        about["predictor"],
+        None if fitted is None else Fitted(**fitted),
     )

@@ -38,11 +38,23 @@ VARIANTS: dict[str, Variant] = {
     "lfu": Variant("cache, the least frequently used expert goes first", "lfu"),
     "lfru": Variant("cache, the least frequently used of late goes first", "lfru"),
     "lru_forecast": Variant("cache as lru, and the predictor's experts are fetched ahead", "lru", "forecast"),
+    "static": Variant("cache, the experts that training documents use least go first", "static"),
+    "priced": Variant(
+        "the forecast fetches ahead what is worth its bytes, and what is worth least goes",
+        "priced",
+        "forecast",
+    ),
     "forecast": Variant("the forecast fetches ahead and decides what goes", "forecast", "forecast"),
     "belady": Variant("cache, what is needed last goes first (nobody can know that)", "belady"),
     "oracle": Variant("belady, and the next calls' experts are fetched ahead", "belady", "oracle"),
     "resident": Variant("all experts on the device, the store is not asked", slots="all"),
 }
+
+
+LEARNS = ("static", "priced")
+"""Evictions that know training documents."""
+LEAST = 2.0**-6
+"""Forecasts below this probability are not worth a look, where a price decides."""
 
 
 def variant_of(name: str) -> tuple[Variant, float | None]:
@@ -86,6 +98,7 @@ class ReplaySettings:
         repeats: rounds of all variants.
         dense: whether a layer's dense part runs. head: the language-model head.
         kernels: ``batched_mm`` or ``grouped_mm``.
+        price_scale: factor on the price of the link, for ``priced``.
         prefetch_mib: forecast bytes in flight at most, what a demanded expert can find before it on the link.
         timeline_tokens: tokens in the timeline's picture and file.
         device, seed: as elsewhere.
@@ -110,6 +123,7 @@ class ReplaySettings:
     head: bool = True
     kernels: str = "batched_mm"
     prefetch_mib: int = 64
+    price_scale: float = 0.5
     timeline_tokens: int = 3
     device: str = "auto"
     seed: int = 0
@@ -125,6 +139,8 @@ class ReplaySettings:
             raise ConfigError(f"replay.residency={shares} are no shares; write numbers above 0 and up to 1.")
         if len(self.checkpoints) > 1:
             raise ConfigError(f"replay.checkpoints names {len(self.checkpoints)} predictors; name one.")
+        if not (math.isfinite(self.price_scale) and self.price_scale >= 0):
+            raise ConfigError(f"replay.price_scale={self.price_scale} is no factor; write 0 or more.")
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"replay.threshold={self.threshold} is no probability; write 0 to 1.")
         least = {"lookahead": 1, "documents": 1, "tokens": 1, "warmup": 0, "repeats": 1, "prefetch_mib": 1}
@@ -141,6 +157,8 @@ class ReplaySettings:
 def plan_name(name: str) -> str:
     """Under which name a document keeps the plan of a variant."""
     kind, threshold = variant_of(name)
+    if threshold is None and kind.eviction == "priced":
+        return f"{kind.foresight}:priced"
     return f"{kind.foresight}" if threshold is None else f"{kind.foresight}:{threshold:g}"
 
 

@@ -159,7 +159,7 @@ def test_bytes_and_hits_are_those_of_the_policy(record: dict[str, Any], trace: P
 
 
 def test_rows_are_complete(record: dict[str, Any]) -> None:
-    assert len(record["rows"]) == 2 + 2 * 7, "seven variants know two budgets, two none"
+    assert len(record["rows"]) == 2 + 2 * 9, "nine variants know two budgets, two none"
     for row in record["rows"]:
         assert row["tokens_per_second_low"] <= row["tokens_per_second"] <= row["tokens_per_second_high"]
         assert row["ms_p50"] <= row["ms_p95"]

@@ -12,6 +12,8 @@ from omegaconf import OmegaConf
 
 from specgate.calibration.load import load_predictor
 from specgate.errors import CheckpointError, ConfigError, TraceError
+from specgate.policy.reuse import fit_discount
+from specgate.policy.workload import join
 from specgate.report import replay_store
 from specgate.report.live_models import save_wide
 from specgate.report.replay import Replay, replay
@@ -26,6 +28,7 @@ from specgate.report.replay_trace import (
     load_documents,
     make_plans,
 )
+from specgate.report.simulate_trace import documents_of
 from specgate.runtime import codecs, native
 from specgate.runtime.store import ExpertStore, StoreSettings
 from specgate.traces.datamodule import RoutingDataModule
@@ -268,3 +271,23 @@ def test_files_that_are_no_script_are_refused(trace: Path, tmp_path: Path) -> No
     assert [d.experts_TLK for d in load_script(script).documents] == [
         d.experts_TLK for d in load_documents(data_of(trace), "test", 1, 3)
     ]
+
+
+# ---------------------------------------------------------------------- what policies learn
+
+
+def test_what_is_learned_travels_with_the_script(tmp_path: Path) -> None:
+    data = data_of(write_decode_trace(tmp_path / "trace"))
+    script = make_script("tiny", data, "test", 2, 6, None)
+    assert script.fitted is not None
+    save_script(script, tmp_path / "a.safetensors")
+    assert load_script(tmp_path / "a.safetensors").fitted == script.fitted
+    train = documents_of(data, "train")["none"]
+    assert sum(map(sum, script.fitted.uses_LE)) == sum(len(w.expert_M) for w in train)
+    assert script.fitted.misses_C[0] == sum(len(w.expert_M) for w in train)
+    for slots in (1, K * L, E * L):
+        assert script.fitted.discount(slots) == pytest.approx(fit_discount(join(train), slots))
+    save_script(make_script("tiny", data, "test", 2, 6, None, learns=False), tmp_path / "b.safetensors")
+    settings = quick(variants=["static"], script=str(tmp_path / "b.safetensors"), documents=1)
+    with pytest.raises(ConfigError, match="made without training documents, which static needs"):
+        replay(settings, shape(), {"tiny": data}, tmp_path / "run")
