@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from specgate.errors import ConfigError
 from specgate.policy.hardware import VARIABLE, Hardware, local, profile_path, save
+from specgate.training import make
 from tests.policy.machines import machine
 from tests.test_configs import CONF
 
@@ -102,6 +103,14 @@ def test_a_damaged_profile_says_what_to_run(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"no measured profile.*specgate\.policy\.measure again"):
         local(path)
+
+
+def test_a_configured_machine_that_was_never_measured_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    """By what the entry points make objects with: Hydra's own error would hide the sentence."""
+    cfg = OmegaConf.load(CONF / "hardware" / "local.yaml")
+    cfg.path = str(tmp_path / "local.yaml")
+    with pytest.raises(ConfigError, match="was never measured"):
+        make(cfg)
 
 
 def test_local_is_configured(tmp_path: Path) -> None:
