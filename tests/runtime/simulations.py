@@ -95,7 +95,7 @@ def rules_of(draw: st.DrawFn, workload: Workload, prefetch: bool = True) -> Rule
     """Any."""
     L, E = workload.layers, workload.experts
     p = st.sampled_from([0.0, 0.2, 0.5, 0.6, 0.9])
-    fetch = ("none", "threshold", "top", "cumulative", "priced") if prefetch else ("none",)
+    fetch = ("none", "threshold", "top", "cumulative", "priced", "priced") if prefetch else ("none",)
     eviction, fetched = draw(st.sampled_from(EVICTIONS)), draw(st.sampled_from(fetch))
     weights = draw(st.lists(st.integers(0, 5), min_size=L * E, max_size=L * E))
     return Rules(
@@ -118,6 +118,7 @@ def rules_of(draw: st.DrawFn, workload: Workload, prefetch: bool = True) -> Rule
         intercept=draw(st.sampled_from([-0.3, 0.1])),
         slope=draw(st.sampled_from([0.4, 0.9])),
         price_scale=draw(st.sampled_from([0.0, 0.4, 1.0])),
+        low_bytes=draw(st.sampled_from([0, 0, 12, 24])) if fetched == "priced" else 0,
     )
 
 

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from math import inf, log
 from typing import Any
 
-from tests.runtime.simulator_state import State, Transfer
+from tests.runtime.simulator_state import Copy, State, Transfer
 
 
 class Reference(State):
@@ -30,7 +30,7 @@ class Reference(State):
         return self.sums["work"] / self.sums["count"] if self.sums["count"] else first
 
     def backlog(self) -> float:
-        free = max(self.t, self.link_free, self.link_end() if self.link else 0.0)
+        free = max(self.t, self.link_free, self.link.end if self.link else 0.0)
         waiting = len(self.queue) + sum(x.stage != "copy" for x in self.flying.values())
         return free - self.t + waiting * self.copy
 
@@ -73,6 +73,7 @@ class Reference(State):
             h, p, rank, sum_before = own[b]
             if h > deep or b in self.present or b in self.flying:
                 continue
+            low = False
             if r.prefetch == "threshold":
                 assert r.thresholds_L is not None
                 t, free = r.thresholds_L[b // self.E], sum(self.free(i) for i in range(len(self.slots)))
@@ -85,18 +86,22 @@ class Reference(State):
             elif r.prefetch == "cumulative":
                 wanted = sum_before < r.mass * self.w.top_k
             elif r.prefetch == "priced":
-                load = self.copy + (0.0 if self.in_host(b) else self.read)
-                saved = load - max(0.0, self.backlog() + self.copy - h * self.mean_event())
-                price = self.utilisation() * (r.price_scale if self.c.link_chunk_bytes else 1.0)
-                cost = worth[self.pool(b)] * load + price * self.copy
-                wanted = p * min(max(saved, 0.0), load) > cost
+                wanted = self.pays(b, p, h, self.copy, worth[self.pool(b)])
+                if not wanted and r.low_bytes:
+                    wanted = low = self.pays(b, p, h, self.low_copy, worth[self.pool(b)])
             else:
                 wanted = False
             if wanted:
-                self.queue[b] = (e, p)
+                self.queue[b] = (e, p, low)
+
+    def pays(self, b: int, p: float, h: int, copy: float, worth: float) -> bool:
+        load = self.copy + (0.0 if self.in_host(b) else self.read)
+        saved = load - max(0.0, self.backlog() + copy - h * self.mean_event())
+        price = self.utilisation() * (self.r.price_scale if self.c.link_chunk_bytes else 1.0)
+        return p * min(max(saved, 0.0), load) > worth * load + price * copy
 
     def start(self, b: int) -> bool:
-        e, p = self.queue.pop(b)
+        e, p, low = self.queue.pop(b)
         pool = self.pool(b)
         if not self.free(pool):
             old = self.victim(pool)
@@ -104,9 +109,10 @@ class Reference(State):
                 self.count("refused")
                 return False
             self.evict(old)
-        self.flying[b] = Transfer(e, p, "")
+        self.flying[b] = Transfer(e, p, low)
+        self.spent[b] = self.r.low_bytes if low else self.c.expert_bytes
         self.count("prefetches")
-        self.count("prefetch_bytes", self.c.expert_bytes)
+        self.count("prefetch_bytes", self.spent[b])
         return True
 
     def admitted(self, b: int, e: int, p: float, old: int) -> bool:
@@ -121,7 +127,7 @@ class Reference(State):
 
     def start_transfers(self) -> None:
         def turn(b: int) -> tuple[float, ...]:
-            e, p = self.queue[b]
+            e, p, _ = self.queue[b]
             return e, -p, b
 
         if not self.link and self.link_free <= self.t:
@@ -132,8 +138,11 @@ class Reference(State):
                     chosen = b
             if chosen is not None:
                 self.flying[chosen].stage = "copy"
-                self.link = (chosen, self.t, 0.0)
-                self.times[self.document]["link_busy_ns"] += self.copy
+                work = self.low_copy if self.flying[chosen].low else self.copy
+                self.link = Copy(chosen, self.t, 0.0, work)
+            else:
+                self.upgrade()
+            self.times[self.document]["link_busy_ns"] += self.link.work if self.link else 0.0
         if not self.file and self.file_free <= self.t:
             for b in sorted([b for b in self.queue if not self.in_host(b)], key=turn):
                 if not self.file and self.start(b):
@@ -141,17 +150,26 @@ class Reference(State):
                     self.file = (b, self.t + self.read, False)
                     self.count("file_bytes", self.c.expert_bytes)
 
-    def link_end(self) -> float:
-        assert self.link
-        _, since, done = self.link
-        return since + (self.copy - done)
+    def upgrade(self) -> None:
+        """The exact copy after an approximate one."""
+        hints = {b: self.hint(b) for b in self.low - self.pinned if self.in_host(b)}
+        order = [(hint[1], -hint[0], b) for b, hint in hints.items() if hint]
+        if order:
+            b = min(order)[2]
+            self.link = Copy(b, self.t, 0.0, self.copy, upgrade=True)
+            self.spent[b] += self.c.expert_bytes
+            self.count("prefetch_bytes", self.c.expert_bytes)
 
     def land(self) -> None:
-        if self.link and self.link_end() <= self.t:
-            b = self.link[0]
+        if self.link and self.link.end <= self.t:
+            b, upgraded = self.link.b, self.link.upgrade
             self.link = None
-            if b in self.flying:
-                self.came_for[b] = self.flying.pop(b).e
+            if upgraded:
+                self.low.discard(b)
+            elif b in self.flying:
+                came = self.flying.pop(b)
+                self.came_for[b] = came.e
+                self.low |= {b} if came.low else set()
                 self.present[b] = True
                 self.landed[b] = self.n + 1
                 self.marks.discard(b)
@@ -173,7 +191,7 @@ class Reference(State):
             self.start_transfers()
             moments = [until, *(known for known, _ in self.points[:1])]
             if self.link or self.link_free > self.t:
-                moments.append(self.link_end() if self.link else self.link_free)
+                moments.append(self.link.end if self.link else self.link_free)
             if self.file or self.file_free > self.t:
                 moments.append(self.file[1] if self.file else self.file_free)
             self.t = min(moments)
@@ -186,7 +204,8 @@ class Reference(State):
     def evict(self, b: int) -> None:
         unused = self.present.pop(b)
         self.count("evictions")
-        self.count("wasted_bytes", self.c.expert_bytes if unused else 0)
+        self.count("wasted_bytes", self.spent[b] if unused else 0)
+        self.low.discard(b)
 
     def event(self, n: int) -> None:
         step, layer = divmod(n, self.L)
@@ -240,10 +259,12 @@ class Reference(State):
             if b in absent:
                 self.queue.pop(b, None)
                 (copies if self.in_host(b) else reads).append(b)
-        for b in [b for b, (e, _) in self.queue.items() if e <= n]:
+        for b in [b for b, (e, _, _) in self.queue.items() if e <= n]:
             del self.queue[b]
             self.count("stale")
-        found = (("hits", hits), ("late", late), ("host_hits", copies), ("misses", reads))
+        low = [b for b in hits if b in self.low]
+        exact = [b for b in hits if b not in low]
+        found = (("hits", exact), ("low_hits", low), ("late", late), ("host_hits", copies), ("misses", reads))
         for name, those in found:
             self.count(name, len(those))
         self.count("demand_bytes", len(absent) * self.c.expert_bytes)
@@ -260,15 +281,15 @@ class Reference(State):
     def next_stop(self) -> float:
         """The work that the copy under way has done when it can be stopped."""
         assert self.link
-        _, since, done = self.link
-        if self.t == since:
-            return done
-        now, latency, chunk = done + (self.t - since), self.c.link_latency_ns, self.c.link_chunk_bytes
-        stops = [self.copy]
+        if self.t == self.link.since:
+            return self.link.done
+        now = self.link.done + (self.t - self.link.since)
+        latency, chunk = self.c.link_latency_ns, self.c.link_chunk_bytes
+        stops = [self.link.work]
         if chunk:
             size = chunk / self.c.link_bytes_per_ns
             stops += [latency + k * size for k in range(1, self.c.expert_bytes // chunk + 1)]
-        return min([stop for stop in stops if stop >= now], default=self.copy)
+        return min([stop for stop in stops if now <= stop <= self.link.work], default=self.link.work)
 
     def fetch(
         self, asked: list[int], absent: list[int], late: list[int], copies: list[int], reads: list[int]
@@ -277,23 +298,22 @@ class Reference(State):
         router, times, pool = self.t, self.times[self.document], self.pool(asked[0])
         link, stopped = router, None
         if self.link:
-            link = self.link_end()
-            others = absent or [b for b in late if b != self.link[0]]
-            if others and self.link[0] not in late:
+            link = self.link.end
+            if self.link.upgrade or self.link.b not in late:
                 stopped = self.next_stop()
-                link = self.link[1] + (stopped - self.link[2])
+                link = self.link.since + (stopped - self.link.done)
         lacking = len(absent) - self.free(pool)
         lacking -= sum(self.pool(b) == pool and b not in self.pinned for b in self.present)
         for _ in range(lacking):
             those = [b for b in self.flying if b not in late and self.pool(b) == pool]
             b = max(those, key=lambda b: (self.flying[b].e, -self.flying[b].p, b))
-            if self.link and self.link[0] == b:
-                times["link_busy_ns"] -= self.copy - (self.copy if stopped is None else stopped)
+            if self.link and self.link.b == b and not self.link.upgrade:
+                times["link_busy_ns"] -= self.link.work - (self.link.work if stopped is None else stopped)
                 self.link, stopped = None, None
             if self.file and self.file[0] == b:
                 self.file = (b, self.file[1], True)
             del self.flying[b]
-            self.count("wasted_bytes", self.c.expert_bytes)
+            self.count("wasted_bytes", self.spent[b])
         for b in absent:
             if not self.free(pool):
                 old = self.victim(pool)
@@ -303,12 +323,15 @@ class Reference(State):
         file = self.file[1] if self.file else router
         ready: dict[int, tuple[float, int, int]] = {}  # when it may be copied, then its turn
         for b in late:
-            stage = self.flying.pop(b).stage
+            came = self.flying.pop(b)
+            stage = came.stage
             self.present[b] = False
+            self.low |= {b} if came.low else set()
             if stage == "copy":
-                times["late_ns"] += self.link_end() - router
+                assert self.link
+                times["late_ns"] += self.link.end - router
             else:
-                times["link_busy_ns"] += self.copy
+                times["link_busy_ns"] += self.low_copy if came.low else self.copy
                 ready[b] = (file, 1, b) if stage == "read" else (router, 0, b)
         for b in copies:
             ready[b] = (router, 2, b)
@@ -324,13 +347,13 @@ class Reference(State):
                 continue
             b = min(can, key=lambda b: ready[b][1:])
             del ready[b]
-            link += self.copy
+            link += self.low_copy if b in self.low else self.copy
             times["late_ns"] += link - router if b in late else 0.0
         if reads:
             self.file_free = file
             for b in reads:
                 self.into_host(b)
         self.link_free = link
-        if self.link and stopped is not None and stopped < self.copy:
-            self.link = (self.link[0], link, stopped)
+        if self.link and stopped is not None and stopped < self.link.work:
+            self.link.since, self.link.done = link, stopped
         return link

@@ -21,7 +21,23 @@ class Transfer:
 
     e: int
     p: float
-    stage: str
+    low: bool
+    stage: str = ""
+
+
+@dataclass
+class Copy:
+    """What the link does beside demands: work that was done before ``since``, and all of it."""
+
+    b: int
+    since: float
+    done: float
+    work: float
+    upgrade: bool = False
+
+    @property
+    def end(self) -> float:
+        return self.since + (self.work - self.done)
 
 
 class State:
@@ -47,14 +63,17 @@ class State:
         self.present: dict[int, bool] = dict.fromkeys(warm, False)  # block: prefetched and not used
         self.came_for: dict[int, int] = {}
         self.flying: dict[int, Transfer] = {}
-        self.queue: dict[int, tuple[int, float]] = {}  # block: (e, p)
+        self.queue: dict[int, tuple[int, float, bool]] = {}  # block: e, p, whether low
+        self.low: set[int] = set()  # present in an approximate copy
+        self.spent: dict[int, int] = {}  # bytes of the prefetch that brought a block
+        self.low_copy = costs.link_latency_ns + rules.low_bytes / costs.link_bytes_per_ns
         self.hints: dict[int, tuple[float, int]] = {}
         self.uses: dict[int, list[int]] = defaultdict(list)
         self.landed: dict[int, int] = {}
         self.marks: set[int] = set()
         self.pinned: set[int] = set()
         self.n, self.t = -1, 0.0
-        self.link: tuple[int, float, float] | None = None  # block, since, work done before
+        self.link: Copy | None = None
         self.file: tuple[int, float, bool] | None = None  # block, end, given up
         self.link_free = self.file_free = 0.0
         self.points: list[tuple[float, int]] = []

@@ -16,7 +16,7 @@ from specgate.runtime.simulator import COUNTS, TIMES, Simulator
 from tests.runtime.simulations import Case, cases, needs_native
 
 pytestmark = needs_native
-some = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+some = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def simulator_of(case: Case, rules: Rules | None = None) -> Simulator:
@@ -96,11 +96,14 @@ def test_times_and_bytes_add_up(case: Case) -> None:
     assert time["total_ns"] == pytest.approx(time["compute_ns"] + time["stall_ns"], rel=1e-9, abs=1e-9)
     assert result.total("compute_ns") == pytest.approx(case.costs.compute_ns, rel=1e-9, abs=1e-9)
     assert (count["demand_bytes"] == size * (count["host_hits"] + count["misses"])).all()
-    assert (count["prefetch_bytes"] == size * count["prefetches"]).all()
+    if not case.rules.low_bytes:
+        assert (count["prefetch_bytes"] == size * count["prefetches"]).all()
+        assert result.total("low_hits") == 0
     assert result.total("wasted_bytes") <= result.total("prefetch_bytes")
     assert (count["file_bytes"] >= size * count["misses"]).all()
     copied = result.total("demand_bytes") + result.total("prefetch_bytes")
-    assert result.total("link_busy_ns") <= copied / size * case.costs.copy_ns * (1 + 1e-9)
+    copies = copied / size + result.total("prefetches")  # approximate ones have a latency of their own
+    assert result.total("link_busy_ns") <= copies * case.costs.copy_ns * (1 + 1e-9)
     assert (count["steps"] == np.bincount(case.workload.document_S)).all()
     assert result.hit_rate <= 1
     assert set(result.totals()) == {*COUNTS, *TIMES}
@@ -156,7 +159,14 @@ def test_stepping_with_a_constant_action_is_the_threshold_rule(
 ) -> None:
     assume(case.workload.forecasts is not None)
     rules = replace(
-        case.rules, prefetch="none", load_rise=0.0, full_rise=0.0, host_rise=0.0, adaptive=False, depth=depth
+        case.rules,
+        prefetch="none",
+        low_bytes=0,
+        load_rise=0.0,
+        full_rise=0.0,
+        host_rise=0.0,
+        adaptive=False,
+        depth=depth,
     )
     if threshold <= 1:
         thresholds = np.full(case.workload.layers, threshold)

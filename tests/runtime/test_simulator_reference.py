@@ -13,7 +13,7 @@ from tests.runtime.simulations import Case, agree, cases, needs_native
 from tests.runtime.simulator_counts import counts_of
 
 pytestmark = needs_native
-many = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @many
@@ -26,6 +26,18 @@ def test_everything_is_as_the_long_reference_says(case: Case) -> None:
     reference = case.reference()
     agree(simulator.run(), reference)
     assert simulator.resident() == sorted(reference.present)
+
+
+@many
+@given(cases(), st.sampled_from([8, 24, 40]))
+def test_approximate_copies_are_as_the_long_reference_says(case: Case, low_bytes: int) -> None:
+    """The same with events long enough, and prices low enough, for approximate copies to be common."""
+    rules = replace(
+        case.rules, prefetch="priced", thresholds_L=None, low_bytes=low_bytes, depth=3, price_scale=0.0
+    )
+    before, runs = case.costs.pre_ns_N + 4, case.costs.exec_ns_N + 4
+    case = replace(case, rules=rules, costs=replace(case.costs, pre_ns_N=before, exec_ns_N=runs))
+    agree(case.run(), case.reference())
 
 
 @many

@@ -27,6 +27,7 @@ Simulator::Simulator(const Calls& calls, const CostTable& costs, const RuleTable
       room_(room),
       copy_ns_(costs.link_latency_ns + static_cast<double>(costs.expert_bytes) / costs.link_bytes_per_ns),
       read_ns_(costs.file_latency_ns + static_cast<double>(costs.expert_bytes) / costs.file_bytes_per_ns),
+      low_ns_(costs.link_latency_ns + static_cast<double>(rules.low_bytes) / costs.link_bytes_per_ns),
       decay_(std::pow(2.0, -1.0 / kMemory)),
       eviction_(rules_, calls.layers, calls.experts, static_cast<int64_t>(room.slots.size())) {
   foresees_ = calls.point_start && (rules.prefetch != Fetch::None || rules.eviction == Evict::Forecast ||
@@ -55,6 +56,7 @@ Simulator::Simulator(const Calls& calls, const CostTable& costs, const RuleTable
       }
     }
   }
+  lows_.reserve(rules.low_bytes > 0 ? blocks_.size() : 0);
   waiting_.init(blocks_.size());
   reset();
 }
@@ -77,7 +79,8 @@ void Simulator::reset() {
   phase_ = Phase::Begin;
   n_ = 0;
   begun_ = point_ = link_block_ = file_block_ = kNone;
-  file_orphan_ = false;
+  file_orphan_ = upgrade_ = stopped_ = false;
+  lows_.clear();
   means_ = {};
   now_ = until_ = link_free_ = file_free_ = 0;
   known_first_ = known_last_ = 0;
@@ -142,7 +145,7 @@ void Simulator::begin(bool pauses) {
 
 /// The link, the file and the forecasts until a time. Whether it stopped at a point.
 bool Simulator::process(double until, bool pauses) {
-  if (link_block_ == kNone && file_block_ == kNone && known_first_ == known_last_ && waiting_.empty()) {
+  if (link_block_ == kNone && file_block_ == kNone && known_first_ == known_last_ && waiting_.empty() && lows_.empty()) {
     now_ = until;
     return false;
   }

@@ -56,9 +56,11 @@ class Simulator {
   struct Block {
     Place place = Place::Absent;
     bool pinned = false, unused = false, judged = false;  // unused: came by a prefetch, not demanded since
+    bool low = false, low_listed = false;                 // an approximate copy, here or to come
     int64_t target = kNone;                               // of the prefetch that brought it
     double p = 0;
     int64_t seen = kNone;  // the last point that foresaw it
+    int64_t spent = 0;     // bytes of the prefetch
   };
   struct Pool {
     int64_t slots = 0, free = 0, evictable = 0;
@@ -82,6 +84,7 @@ class Simulator {
   void enter(uint32_t b);
   void leave(uint32_t b);
   void read_into_host(uint32_t b);
+  void list_low(uint32_t b);
   double boundary() const;
   // simulator_prefetch.cpp
   void arrive(int64_t point);
@@ -94,8 +97,11 @@ class Simulator {
   double mean_event() const;
   double rise_of_threshold() const;
   double price_of_link() const;
-  bool pays(int64_t point, uint32_t b, double p, double time, double price);
+  bool pays(int64_t point, uint32_t b, double p, double time, double price, double copy);
   bool start(uint32_t b, double p, int64_t e);
+  void start_copy(int64_t b, double work, bool upgrade);
+  int64_t next_upgrade();
+  double copy_of(uint32_t b) const { return blocks_[b].low ? low_ns_ : copy_ns_; }
   void start_link();
   void start_file();
   void land_link();
@@ -105,6 +111,8 @@ class Simulator {
   };
   Spread spread(int64_t point, int64_t horizon) const;
 
+  /// Whether the link copies what a prefetch took a slot for.
+  bool flies(uint32_t b) const { return link_block_ == static_cast<int64_t>(b) && !upgrade_; }
   size_t pool_of(uint32_t b) const { return pools_.size() == 1 ? 0 : b / static_cast<uint32_t>(calls_.experts); }
   /// The event of horizon 1.
   int64_t first_event_of(int64_t point) const {
@@ -119,7 +127,7 @@ class Simulator {
   const CostTable costs_;
   const RuleTable rules_;
   const Room room_;
-  double copy_ns_, read_ns_, decay_;
+  double copy_ns_, read_ns_, low_ns_, decay_;
   bool foresees_ = false;
   std::vector<double> next_use_;  // [M], for belady: the next event that demands the same block
   std::vector<double> first_use_;
@@ -134,6 +142,7 @@ class Simulator {
   std::vector<Pool> pools_;
   std::vector<Tally> tallies_;
   std::vector<uint32_t> absent_, reads_, copies_, late_;  // of this event
+  std::vector<uint32_t> lows_;  // on the device in an approximate copy; may name others, which are passed over
 
   Phase phase_ = Phase::Begin;
   int64_t n_ = 0, begun_ = kNone, point_ = kNone;
@@ -141,8 +150,11 @@ class Simulator {
   Means means_;
   double now_ = 0, until_ = 0, began_ = 0, stall_ = 0, busy_ = 0;
   int64_t hits_ = 0;
-  // The link: a prefetch's copy under way, and from when on it may start another one
+  // The link: a prefetch's copy under way (or the exact one after an approximate one), and from when on it may
+  // start another one
   int64_t link_block_ = kNone;
+  bool upgrade_ = false;
+  double link_work_ = 0;
   bool stopped_ = false;  // for a demand; `link_done_` is the work that is done
   double link_start_ = 0, link_done_ = 0, link_end_ = 0, link_free_ = 0;
   // The file: a prefetch's read under way (nobody's if it was given up)

@@ -22,8 +22,14 @@ void Simulator::evict(uint32_t b) {
   block.place = Place::Absent;
   ++pools_[pool_of(b)].free;
   ++tally_->evictions;
-  if (block.unused) tally_->wasted_bytes += costs_.expert_bytes;
-  block.unused = false;
+  if (block.unused) tally_->wasted_bytes += block.spent;
+  block.unused = block.low = false;
+}
+
+void Simulator::list_low(uint32_t b) {
+  if (!blocks_[b].low || blocks_[b].low_listed) return;
+  blocks_[b].low_listed = true;
+  lows_.push_back(b);
 }
 
 void Simulator::read_into_host(uint32_t b) {
@@ -37,7 +43,7 @@ void Simulator::read_into_host(uint32_t b) {
 /// When the copy under way can be stopped next: the work done by then.
 double Simulator::boundary() const {
   if (now_ == link_start_) return link_done_;  // it stands at one
-  const double total = copy_ns_, done = link_done_ + (now_ - link_start_);
+  const double total = link_work_, done = link_done_ + (now_ - link_start_);
   if (costs_.link_chunk_bytes == 0) return total;
   const double chunk = static_cast<double>(costs_.link_chunk_bytes) / costs_.link_bytes_per_ns;
   const double chunks = std::max(1.0, std::ceil((done - costs_.link_latency_ns) / chunk));
@@ -49,6 +55,7 @@ double Simulator::demand(bool pauses) {
   const int64_t first = calls_.event_start[n_], last = calls_.event_start[n_ + 1];
   const auto first_block = static_cast<uint32_t>(n_ % calls_.layers * calls_.experts);
   const double router = now_;
+  int64_t low = 0;
   begun_ = n_;
   eviction_.begin_event(n_);
   absent_.clear(), reads_.clear(), copies_.clear(), late_.clear();
@@ -60,6 +67,7 @@ double Simulator::demand(bool pauses) {
     host_.touch(b);
     if (block.place == Place::Present) {
       leave(b);
+      low += block.low;
     } else if (block.place == Place::Flying) {
       late_.push_back(b);
     } else {
@@ -75,7 +83,8 @@ double Simulator::demand(bool pauses) {
 
   const auto late = static_cast<int64_t>(late_.size()), missing = static_cast<int64_t>(absent_.size());
   hits_ = last - first - late - missing;
-  tally_->hits += hits_;
+  tally_->hits += hits_ - low;
+  tally_->low_hits += low;
   tally_->late += late;
   tally_->host_hits += static_cast<int64_t>(copies_.size());
   tally_->misses += static_cast<int64_t>(reads_.size());
@@ -101,12 +110,12 @@ double Simulator::take_slots(size_t pool) {
   double link = now_;
   if (link_block_ != kNone) {
     const auto b = static_cast<uint32_t>(link_block_);
-    const bool others = missing > 0 || late_.size() > (blocks_[b].pinned ? 1U : 0U);
+    const bool demanded = blocks_[b].pinned && flies(b) && blocks_[b].place == Place::Flying;
     link = link_end_;
-    if (others && !blocks_[b].pinned) {  // stopped; move() says when it goes on
+    if (!demanded) {  // stopped; move() says when it goes on
       const double done = boundary();
       link = link_start_ + (done - link_done_);
-      stopped_ = done < copy_ns_;
+      stopped_ = done < link_work_;
       if (stopped_) link_done_ = done;
     }
   }
@@ -115,6 +124,7 @@ double Simulator::take_slots(size_t pool) {
     if (room.free == 0) evict(static_cast<uint32_t>(eviction_.victim(pool)));
     --room.free;
     blocks_[b].place = Place::Present;
+    blocks_[b].low = false;
   }
   return link;
 }
@@ -133,8 +143,8 @@ void Simulator::give_up(size_t pool, int64_t count) {
       found = static_cast<int64_t>(i);
     }
     const auto b = static_cast<uint32_t>(found);
-    if (link_block_ == found) {
-      if (stopped_) tally_->link_busy_ns -= copy_ns_ - link_done_;
+    if (flies(b)) {
+      if (stopped_) tally_->link_busy_ns -= link_work_ - link_done_;
       stopped_ = false;
       link_block_ = kNone;
     } else if (file_block_ == found && !file_orphan_) {
@@ -143,9 +153,9 @@ void Simulator::give_up(size_t pool, int64_t count) {
       waiting_.staged.remove(b);
     }
     blocks_[b].place = Place::Absent;
-    blocks_[b].unused = false;
+    blocks_[b].unused = blocks_[b].low = false;
     ++pools_[pool].free;
-    tally_->wasted_bytes += costs_.expert_bytes;
+    tally_->wasted_bytes += blocks_[b].spent;
   }
 }
 
@@ -154,21 +164,25 @@ double Simulator::move(double link) {
   const double router = now_;
   double file = file_block_ != kNone ? file_end_ : router;
   int64_t reading = kNone;  // late, its read under way
+  double reading_copy = 0;
   bool used = !absent_.empty();
   for (const uint32_t b : late_) {
     blocks_[b].place = Place::Present;
-    if (static_cast<int64_t>(b) == link_block_) {
+    list_low(b);
+    if (flies(b)) {
       tally_->late_ns += link_end_ - router;
       continue;
     }
     used = true;
-    tally_->link_busy_ns += copy_ns_;
+    const double copy = copy_of(b);
+    tally_->link_busy_ns += copy;
     if (static_cast<int64_t>(b) == file_block_ && !file_orphan_) {
       reading = b;
+      reading_copy = copy;
       continue;
     }
     waiting_.staged.remove(b);
-    link += copy_ns_;
+    link += copy;
     tally_->late_ns += link - router;
   }
   if (!used) return link;
@@ -178,7 +192,7 @@ double Simulator::move(double link) {
     const bool copy_ready = copied < copies_.size(), read_ready = read < reads_.size() && next_read <= link;
     if (reading != kNone && file <= link) {
       reading = kNone;
-      link += copy_ns_;
+      link += reading_copy;
       tally_->late_ns += link - router;
     } else if (copy_ready && !(read_ready && reads_[read] < copies_[copied])) {
       ++copied;
@@ -198,7 +212,7 @@ double Simulator::move(double link) {
   link_free_ = link;
   if (stopped_) {
     link_start_ = link;
-    link_end_ = link + (copy_ns_ - link_done_);
+    link_end_ = link + (link_work_ - link_done_);
     stopped_ = false;
   }
   return link;

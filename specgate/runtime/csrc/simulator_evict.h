@@ -48,6 +48,7 @@ class Eviction {
   bool marked(uint32_t b) const { return blocks_[b].marked; }
 
   bool hinted(uint32_t b) const { return blocks_[b].hint_event > n_; }
+  double hint_p(uint32_t b) const { return blocks_[b].p; }
   int64_t hint_event(uint32_t b) const { return blocks_[b].hint_event; }
   bool in_heap(uint32_t b) const { return places_[b] >= 0; }
 

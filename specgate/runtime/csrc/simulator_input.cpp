@@ -109,12 +109,15 @@ void check_costs(const Calls& calls, const CostTable& c) {
   }
 }
 
-void check_rules(const Calls& calls, const RuleTable& r) {
+void check_rules(const Calls& calls, const CostTable& costs, const RuleTable& r) {
   if (!(std::isfinite(r.half_life) && r.half_life > 0)) {
     refuse("half_life=" + std::to_string(r.half_life) + " must be a positive number of steps.");
   }
   if (r.depth < 1 || r.depth > 255) refuse("depth=" + text(r.depth) + " is no horizon: choose 1 to 255.");
-  if (r.low_bytes != 0) refuse("low_bytes=" + text(r.low_bytes) + ": approximate copies are not simulated, choose 0.");
+  if (r.low_bytes < 0 || (r.low_bytes > 0 && r.low_bytes >= costs.expert_bytes)) {
+    refuse("low_bytes=" + text(r.low_bytes) + " is not less than expert_bytes=" + text(costs.expert_bytes) +
+           ": give fewer, or 0 for no approximate copies.");
+  }
   check_number("discount", r.discount, 0, 1);
   for (const double rise : {r.load_rise, r.full_rise, r.host_rise, r.price_scale}) check_number("a factor", rise, 0, 1e300);
   if (std::isnan(r.entropy_high) || std::isnan(r.backlog_high) || std::isnan(r.mass)) {
@@ -213,7 +216,7 @@ void check(const Calls& calls, const CostTable& costs, const RuleTable& rules, c
   check_calls(calls);
   check_forecasts(calls);
   check_costs(calls, costs);
-  check_rules(calls, rules);
+  check_rules(calls, costs, rules);
   check_room(calls, room);
 }
 

@@ -83,7 +83,13 @@ void Simulator::judge(int64_t point) {
       return offer_all(point, depth_of(point),
                        [&, mean = mean_event(), price = price_of_link()](uint32_t b, double p, int64_t h, int64_t,
                                                                          double) {
-                         return pays(point, b, p, static_cast<double>(h) * mean, price);
+                         const double time = static_cast<double>(h) * mean;
+                         if (pays(point, b, p, time, price, copy_ns_)) {
+                           blocks_[b].low = false;
+                           return true;
+                         }
+                         if (rules_.low_bytes == 0 || !pays(point, b, p, time, price, low_ns_)) return false;
+                         return blocks_[b].low = true;
                        });
   }
 }
@@ -154,7 +160,7 @@ double Simulator::price_of_link() const {
 }
 
 /// Break-even, `time` before the expert is used: what the prefetch saves if the forecast is right against what it costs in any case.
-bool Simulator::pays(int64_t point, uint32_t b, double p, double time, double price) {
+bool Simulator::pays(int64_t point, uint32_t b, double p, double time, double price, double copy) {
   const size_t pool = pool_of(b);
   if (value_point_[pool] != point) {
     value_point_[pool] = point;
@@ -164,9 +170,9 @@ bool Simulator::pays(int64_t point, uint32_t b, double p, double time, double pr
                                               : eviction_.value(static_cast<uint32_t>(victim));
   }
   const double load = copy_ns_ + (host_.has(b) ? 0.0 : read_ns_);
-  const double late = std::max(0.0, backlog() + copy_ns_ - time);
+  const double late = std::max(0.0, backlog() + copy - time);
   const double saved = std::min(std::max(load - late, 0.0), load);
-  return p * saved > pool_value_[pool] * load + price * copy_ns_;
+  return p * saved > pool_value_[pool] * load + price * copy;
 }
 
 /// A transfer takes its slot, or is refused one.
@@ -186,8 +192,9 @@ bool Simulator::start(uint32_t b, double p, int64_t e) {
   block.unused = true;
   block.target = e;
   block.p = p;
+  block.spent = block.low ? rules_.low_bytes : costs_.expert_bytes;
   ++tally_->prefetches;
-  tally_->prefetch_bytes += costs_.expert_bytes;
+  tally_->prefetch_bytes += block.spent;
   return true;
 }
 
@@ -202,12 +209,41 @@ void Simulator::start_link() {
     waiting_.link.remove(key.block);
     if (start(key.block, -key.b, static_cast<int64_t>(key.a))) found = key.block;
   }
-  if (found == kNone) return;
-  link_block_ = found;
+  if (found != kNone) {
+    start_copy(found, copy_of(static_cast<uint32_t>(found)), false);
+  } else if (!lows_.empty() && (found = next_upgrade()) != kNone) {
+    blocks_[static_cast<size_t>(found)].spent += costs_.expert_bytes;
+    tally_->prefetch_bytes += costs_.expert_bytes;
+    start_copy(found, copy_ns_, true);
+  }
+}
+
+void Simulator::start_copy(int64_t b, double work, bool upgrade) {
+  link_block_ = b;
+  upgrade_ = upgrade;
+  link_work_ = work;
   link_start_ = now_;
   link_done_ = 0;
-  link_end_ = now_ + copy_ns_;
-  tally_->link_busy_ns += copy_ns_;
+  link_end_ = now_ + work;
+  tally_->link_busy_ns += work;
+}
+
+/// The approximate copy to be followed by the exact one first: by event, falling p, block.
+int64_t Simulator::next_upgrade() {
+  Key best;
+  best.group = 2;
+  size_t kept = 0;
+  for (const uint32_t b : lows_) {
+    Block& block = blocks_[b];
+    block.low_listed = block.place == Place::Present && block.low;
+    if (!block.low_listed) continue;
+    lows_[kept++] = b;
+    if (block.pinned || !host_.has(b) || !eviction_.hinted(b)) continue;
+    const Key key = Waiting::key(b, eviction_.hint_p(b), eviction_.hint_event(b));
+    if (before(key, best)) best = key;
+  }
+  lows_.resize(kept);
+  return best.group == 2 ? kNone : static_cast<int64_t>(best.block);
 }
 
 void Simulator::start_file() {
@@ -226,8 +262,13 @@ void Simulator::start_file() {
 void Simulator::land_link() {
   const auto b = static_cast<uint32_t>(link_block_);
   link_block_ = kNone;
+  if (upgrade_) {
+    if (blocks_[b].place == Place::Present) blocks_[b].low = false;
+    return;
+  }
   if (blocks_[b].place != Place::Flying) return;  // demanded meanwhile
   blocks_[b].place = Place::Present;
+  list_low(b);
   eviction_.land(b);
   enter(b);
 }
