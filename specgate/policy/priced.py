@@ -50,7 +50,7 @@ class Priced(Policy):
         adaptive: bool = False,
         entropy_high: float = 0.9,
         backlog_high: float = 4.0,
-        price_scale: float = 0.25,
+        price_scale: float = 0.5,
         discount: float | None = None,
         half_life: float | None = None,
         calibrated: bool = True,

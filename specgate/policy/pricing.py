@@ -22,10 +22,12 @@ def saved_time(
 
     Args:
         load_ns: see :func:`load_time`.
-        copy_ns: of the prefetch.
+        copy_ns: of the prefetch. The read of a file is not counted: a late one still helps, it goes on while
+            the model waits for others and leaves the expert in host memory.
         horizon: events until the expert is used, 1 is the next.
         mean_event_ns: running mean of an event's compute.
-        backlog_ns: what the link has to do before.
+        backlog_ns: what the link has to do before, from when the model goes on. Demands of the event that is
+            worked on are none of it: the model waits for them too.
     """
     late_ns = max(0.0, backlog_ns + copy_ns - horizon * mean_event_ns)
     return min(max(load_ns - late_ns, 0.0), load_ns)

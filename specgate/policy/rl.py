@@ -170,9 +170,13 @@ def _callback(baselines: Any, steps: int, progress: Progress | None) -> Any:
         def _on_step(self) -> bool:
             self.rewards += float(np.sum(self.locals["rewards"]))
             self.count += 1
-            if progress is not None and (self.count >= self.every or self.num_timesteps >= steps):
-                progress(min(self.num_timesteps, steps), steps, self.rewards / self.count)
+            if progress is not None and self.count >= self.every and self.num_timesteps < steps:
+                progress(self.num_timesteps, steps, self.rewards / self.count)
                 self.rewards, self.count = 0.0, 0
             return True
+
+        def _on_training_end(self) -> None:
+            if progress is not None and self.count:
+                progress(steps, steps, self.rewards / self.count)
 
     return Tell()

@@ -101,6 +101,7 @@ def test_it_learns_when_to_fetch(algorithm: str, tmp_path: Path) -> None:
     agent.play(lesson)
     assert lesson.now_ns < 1.1 * 200  # always wrong is 600, guessing 400
     assert told[-1][0] == told[-1][1] == 6000
+    assert [t[0] for t in told] == sorted({t[0] for t in told})
     assert told[-1][2] > told[0][2]
     agent.save(tmp_path / "a.pt")
     again = Lesson(length=200, seed=9)
