@@ -38,7 +38,8 @@ sim::RuleTable rules_of(nb::handle r) {
   t.prefetch = sim::fetch_of(word(r, "prefetch"));
   const std::string admission = word(r, "admission");
   if (admission != "always" && admission != "gate") {
-    throw StoreFailure(StoreFailure::Kind::Config, "admission=" + admission + " is unknown: choose always or gate.");
+    throw StoreFailure(StoreFailure::Kind::Config,
+                       "admission=" + admission + " is unknown: choose always or gate.");
   }
   t.gate = admission == "gate";
   t.adaptive = nb::cast<bool>(r.attr("adaptive"));
@@ -64,8 +65,8 @@ sim::RuleTable rules_of(nb::handle r) {
 /// A simulator and the arrays that it reads.
 class Held {
  public:
-  Held(nb::handle workload, nb::handle costs, nb::handle rules, std::vector<int64_t> slots, int64_t host_slots,
-       std::vector<int64_t> warm, std::vector<int64_t> warm_host) {
+  Held(nb::handle workload, nb::handle costs, nb::handle rules, std::vector<int64_t> slots,
+       int64_t host_slots, std::vector<int64_t> warm, std::vector<int64_t> warm_host) {
     sim::Calls calls;
     calls.layers = whole(workload, "layers");
     calls.experts = whole(workload, "experts");
@@ -153,8 +154,8 @@ class Held {
     Array<T> array;
     if (!nb::try_cast(value, array, false)) {  // no copy: nobody would keep it
       throw StoreFailure(StoreFailure::Kind::Config,
-                         std::string(name) + " is no contiguous array of the right type in one dimension: make it with "
-                                             "specgate.policy.");
+                         std::string(name) + " is no contiguous array of the right type in one dimension: "
+                                             "make it with specgate.policy.");
     }
     kept_.push_back(std::move(value));
     return array;
@@ -162,9 +163,9 @@ class Held {
 
   static void fits(const char* name, size_t size, int64_t wanted) {
     if (static_cast<int64_t>(size) != wanted) {
-      throw StoreFailure(StoreFailure::Kind::Config, std::string(name) + " has " + std::to_string(size) +
-                                                         " entries where " + std::to_string(wanted) +
-                                                         " are needed: make workload and costs for each other.");
+      throw StoreFailure(StoreFailure::Kind::Config,
+                         std::string(name) + " has " + std::to_string(size) + " entries where " +
+                             std::to_string(wanted) + " are needed: make workload and costs for each other.");
     }
   }
 

@@ -10,7 +10,7 @@ namespace specgate::sim {
 
 namespace {
 
-constexpr int64_t kRing = 1024;  // points waiting to be known; a forecast reaches 255 events, 510 points, at most
+constexpr int64_t kRing = 1024;  // points waiting to be known; forecasts reach 255 events, 510 points at most
 constexpr double kMemory = 64;   // events in which running means forget by half
 
 const Calls& checked(const Calls& calls, const CostTable& costs, const RuleTable& rules, const Room& room) {
@@ -145,7 +145,8 @@ void Simulator::begin(bool pauses) {
 
 /// The link, the file and the forecasts until a time. Whether it stopped at a point.
 bool Simulator::process(double until, bool pauses) {
-  if (link_block_ == kNone && file_block_ == kNone && known_first_ == known_last_ && waiting_.empty() && lows_.empty()) {
+  const bool idle = link_block_ == kNone && file_block_ == kNone && waiting_.empty() && lows_.empty();
+  if (idle && known_first_ == known_last_) {
     now_ = until;
     return false;
   }

@@ -1,5 +1,5 @@
-// A simulation of the calls of a model, event by event, in virtual time: which experts are on the device, what the link
-// and the file do meanwhile, how long the model waits. docs/simulator.md states the semantics.
+// A simulation of the calls of a model, event by event, in virtual time: which experts are on the device,
+// what the link and the file do meanwhile, how long the model waits. docs/simulator.md states the semantics.
 //
 // Nothing is allocated while it runs. Doubles throughout; equal input gives equal output.
 #pragma once
@@ -16,8 +16,9 @@ namespace specgate::sim {
 
 /// Of one document. Times in ns of virtual time.
 struct Tally {
-  int64_t steps = 0, hits = 0, late = 0, host_hits = 0, misses = 0, low_hits = 0, demand_bytes = 0, prefetch_bytes = 0;
-  int64_t wasted_bytes = 0, file_bytes = 0, evictions = 0, prefetches = 0, stale = 0, refused = 0;
+  int64_t steps = 0, hits = 0, late = 0, host_hits = 0, misses = 0, low_hits = 0;
+  int64_t demand_bytes = 0, prefetch_bytes = 0, wasted_bytes = 0, file_bytes = 0;
+  int64_t evictions = 0, prefetches = 0, stale = 0, refused = 0;
   double late_ns = 0, stall_ns = 0, compute_ns = 0, total_ns = 0, link_busy_ns = 0;
 };
 
@@ -113,7 +114,9 @@ class Simulator {
 
   /// Whether the link copies what a prefetch took a slot for.
   bool flies(uint32_t b) const { return link_block_ == static_cast<int64_t>(b) && !upgrade_; }
-  size_t pool_of(uint32_t b) const { return pools_.size() == 1 ? 0 : b / static_cast<uint32_t>(calls_.experts); }
+  size_t pool_of(uint32_t b) const {
+    return pools_.size() == 1 ? 0 : b / static_cast<uint32_t>(calls_.experts);
+  }
   /// The event of horizon 1.
   int64_t first_event_of(int64_t point) const {
     return point / (calls_.layers + 1) * calls_.layers + point % (calls_.layers + 1);
@@ -142,7 +145,7 @@ class Simulator {
   std::vector<Pool> pools_;
   std::vector<Tally> tallies_;
   std::vector<uint32_t> absent_, reads_, copies_, late_;  // of this event
-  std::vector<uint32_t> lows_;  // on the device in an approximate copy; may name others, which are passed over
+  std::vector<uint32_t> lows_;  // on the device in an approximate copy; others in it are passed over
 
   Phase phase_ = Phase::Begin;
   int64_t n_ = 0, begun_ = kNone, point_ = kNone;
@@ -150,8 +153,8 @@ class Simulator {
   Means means_;
   double now_ = 0, until_ = 0, began_ = 0, stall_ = 0, busy_ = 0;
   int64_t hits_ = 0;
-  // The link: a prefetch's copy under way (or the exact one after an approximate one), and from when on it may
-  // start another one
+  // The link: a prefetch's copy under way (or the exact one after an approximate one), and from when on it
+  // may start another one
   int64_t link_block_ = kNone;
   bool upgrade_ = false;
   double link_work_ = 0;

@@ -49,7 +49,9 @@ void Eviction::reset() {
   for (auto& list : listed_) list.clear();
 }
 
-int64_t Eviction::distance(int64_t layer) const { return layer > layer_ ? layer - layer_ : layer - layer_ + layers_; }
+int64_t Eviction::distance(int64_t layer) const {
+  return layer > layer_ ? layer - layer_ : layer - layer_ + layers_;
+}
 
 double Eviction::power(int64_t exponent) const { return powers_[static_cast<size_t>(exponent)]; }
 
@@ -60,7 +62,8 @@ double Eviction::halved(int64_t steps) const {
 
 double Eviction::q(Block& block) {
   if (block.q_step != step_) {
-    const double f = block.frequency > 0 ? (1.0 - halves_[1]) * (block.frequency * halved(step_ - block.since)) : 0.0;
+    const double decayed = block.frequency > 0 ? block.frequency * halved(step_ - block.since) : 0.0;
+    const double f = (1.0 - halves_[1]) * decayed;
     block.q = std::clamp(std::exp(rules_.intercept + rules_.slope * std::log(f + 1e-6)), 0.0, 1.0);
     block.q_step = step_;
   }
@@ -113,13 +116,13 @@ BlockHeap& Eviction::heap_of(uint32_t b) {
 void Eviction::enter(uint32_t b) {
   heap_of(b).push(key(b));
   if (rules_.gate && !blocks_[b].marked) {
-    gate_[pools_ == 1 ? 0 : static_cast<size_t>(blocks_[b].layer)].push({blocks_[b].heat, blocks_[b].last, b});
+    gate_of(b).push({blocks_[b].heat, blocks_[b].last, b});
   }
 }
 
 void Eviction::leave(uint32_t b) {
   heap_of(b).remove(b);
-  if (rules_.gate && gate_places_[b] >= 0) gate_[pools_ == 1 ? 0 : static_cast<size_t>(blocks_[b].layer)].remove(b);
+  if (rules_.gate && gate_places_[b] >= 0) gate_of(b).remove(b);
 }
 
 void Eviction::rekey(uint32_t b) {

@@ -1,7 +1,7 @@
 // Which block goes first: the orders of eviction, decayed uses, live hints and the value of a block.
 //
-// docs/simulator.md states the keys. Blocks that may go stand in indexed heaps: one per pool of slots, or, for `priced`,
-// two per layer (without and with a live hint), whose order does not change while time passes.
+// docs/simulator.md states the keys. Blocks that may go stand in indexed heaps: one per pool of slots, or,
+// for `priced`, two per layer (without and with a live hint), whose order does not change while time passes.
 #pragma once
 
 #include <cstdint>
@@ -73,6 +73,7 @@ class Eviction {
   double hinted_key(uint32_t b);
   Key key(uint32_t b);
   BlockHeap& heap_of(uint32_t b);
+  BlockHeap& gate_of(uint32_t b) { return gate_[pools_ == 1 ? 0 : static_cast<size_t>(blocks_[b].layer)]; }
   void rekey(uint32_t b);
   void relist(int64_t layer);
 

@@ -29,16 +29,19 @@ void check_rate(const std::string& name, double value) {
 
 void check_number(const std::string& name, double value, double least, double most) {
   if (!(value >= least && value <= most)) {
-    refuse(name + "=" + std::to_string(value) + " makes no sense: give a number from " + std::to_string(least) + " to " +
-           std::to_string(most) + ".");
+    refuse(name + "=" + std::to_string(value) + " makes no sense: give a number from " +
+           std::to_string(least) + " to " + std::to_string(most) + ".");
   }
 }
 
 void check_calls(const Calls& c) {
   if (c.layers < 1 || c.experts < 1 || c.layers * c.experts > (int64_t{1} << 30)) {
-    refuse(text(c.layers) + " layers of " + text(c.experts) + " experts cannot be simulated: give at least one of each.");
+    refuse(text(c.layers) + " layers of " + text(c.experts) +
+           " experts cannot be simulated: give at least one of each.");
   }
-  if (c.event_start[0] != 0) refuse("the first event's experts begin at " + text(c.event_start[0]) + ": make it 0.");
+  if (c.event_start[0] != 0) {
+    refuse("the first event's experts begin at " + text(c.event_start[0]) + ": make it 0.");
+  }
   for (int64_t n = 0; n < c.events(); ++n) {
     if (c.event_start[n + 1] < c.event_start[n]) {
       refuse("event " + text(n) + " ends before it begins: make the workload anew.");
@@ -49,11 +52,12 @@ void check_calls(const Calls& c) {
     for (int64_t i = c.event_start[n]; i < c.event_start[n + 1]; ++i) {
       const int64_t expert = c.expert[i];
       if (expert < 0 || expert >= c.experts) {
-        refuse("event " + text(n) + " asks for expert " + text(expert) + ", and a layer has " + text(c.experts) +
-               ": make the workload anew.");
+        refuse("event " + text(n) + " asks for expert " + text(expert) + ", and a layer has " +
+               text(c.experts) + ": make the workload anew.");
       }
       if (expert <= last) {
-        refuse("event " + text(n) + " names expert " + text(expert) + " out of order: sort each event's experts.");
+        refuse("event " + text(n) + " names expert " + text(expert) +
+               " out of order: sort each event's experts.");
       }
       last = expert;
     }
@@ -61,7 +65,8 @@ void check_calls(const Calls& c) {
   for (int64_t s = 0; s < c.steps; ++s) {
     const int64_t low = s ? c.document[s - 1] : 0;
     if (c.document[s] < low || c.document[s] > low + 1 || (s == 0 && c.document[s] != 0)) {
-      refuse("step " + text(s) + " belongs to document " + text(c.document[s]) + ": number documents 0, 1, ... in order.");
+      refuse("step " + text(s) + " belongs to document " + text(c.document[s]) +
+             ": number documents 0, 1, ... in order.");
     }
   }
 }
@@ -69,7 +74,9 @@ void check_calls(const Calls& c) {
 void check_forecasts(const Calls& c) {
   if (!c.point_start) return;
   const int64_t points = c.steps * (c.layers + 1);
-  if (c.point_start[0] != 0) refuse("the first point's forecasts begin at " + text(c.point_start[0]) + ": make it 0.");
+  if (c.point_start[0] != 0) {
+    refuse("the first point's forecasts begin at " + text(c.point_start[0]) + ": make it 0.");
+  }
   for (int64_t point = 0; point < points; ++point) {
     if (c.point_start[point + 1] < c.point_start[point]) {
       refuse("the forecasts of point " + text(point) + " end before they begin: make them anew.");
@@ -80,7 +87,8 @@ void check_forecasts(const Calls& c) {
     auto where = [&] { return "the forecasts of point " + text(point); };
     for (int64_t i = first; i < last; ++i) {
       if (c.foreseen[i] < 0 || c.foreseen[i] >= c.experts) {
-        refuse(where() + " name expert " + text(c.foreseen[i]) + ", and a layer has " + text(c.experts) + ": make them anew.");
+        refuse(where() + " name expert " + text(c.foreseen[i]) + ", and a layer has " + text(c.experts) +
+               ": make them anew.");
       }
       if (!(c.p[i] >= 0 && c.p[i] <= 1)) {
         refuse(where() + " say p=" + std::to_string(c.p[i]) + ": probabilities are 0 to 1.");
@@ -95,8 +103,12 @@ void check_forecasts(const Calls& c) {
 }
 
 void check_costs(const Calls& calls, const CostTable& c) {
-  if (c.expert_bytes < 1) refuse("expert_bytes=" + text(c.expert_bytes) + " is no size: give a positive number.");
-  if (c.link_chunk_bytes < 0) refuse("link_chunk_bytes=" + text(c.link_chunk_bytes) + " is negative: 0 means never.");
+  if (c.expert_bytes < 1) {
+    refuse("expert_bytes=" + text(c.expert_bytes) + " is no size: give a positive number.");
+  }
+  if (c.link_chunk_bytes < 0) {
+    refuse("link_chunk_bytes=" + text(c.link_chunk_bytes) + " is negative: 0 means never.");
+  }
   check_rate("link_bytes_per_ns", c.link_bytes_per_ns);
   check_rate("file_bytes_per_ns", c.file_bytes_per_ns);
   check_time("link_latency_ns", c.link_latency_ns);
@@ -119,7 +131,9 @@ void check_rules(const Calls& calls, const CostTable& costs, const RuleTable& r)
            ": give fewer, or 0 for no approximate copies.");
   }
   check_number("discount", r.discount, 0, 1);
-  for (const double rise : {r.load_rise, r.full_rise, r.host_rise, r.price_scale}) check_number("a factor", rise, 0, 1e300);
+  for (const double factor : {r.load_rise, r.full_rise, r.host_rise, r.price_scale}) {
+    check_number("a factor", factor, 0, 1e300);
+  }
   if (std::isnan(r.entropy_high) || std::isnan(r.backlog_high) || std::isnan(r.mass)) {
     refuse("entropy_high, backlog_high or mass is no number: give one.");
   }
@@ -128,8 +142,8 @@ void check_rules(const Calls& calls, const CostTable& costs, const RuleTable& r)
            " must be finite and the slope not negative: fit them anew.");
   }
   if (r.eviction == Evict::Static && static_cast<int64_t>(r.weights.size()) != calls.layers * calls.experts) {
-    refuse(text(static_cast<int64_t>(r.weights.size())) + " weights do not fit " + text(calls.layers) + " layers of " +
-           text(calls.experts) + " experts: give one for each.");
+    refuse(text(static_cast<int64_t>(r.weights.size())) + " weights do not fit " + text(calls.layers) +
+           " layers of " + text(calls.experts) + " experts: give one for each.");
   }
   if (r.prefetch == Fetch::Threshold && static_cast<int64_t>(r.thresholds.size()) != calls.layers) {
     refuse(text(static_cast<int64_t>(r.thresholds.size())) + " thresholds do not fit " + text(calls.layers) +
@@ -141,8 +155,8 @@ void check_warm(const Calls& calls, const std::vector<int64_t>& blocks, const st
   std::vector<bool> seen(static_cast<size_t>(calls.layers * calls.experts));
   for (const int64_t b : blocks) {
     if (b < 0 || b >= static_cast<int64_t>(seen.size()) || seen[static_cast<size_t>(b)]) {
-      refuse(name + " names block " + text(b) + " twice, or there is none: blocks are layer * " + text(calls.experts) +
-             " + expert, up to " + text(static_cast<int64_t>(seen.size()) - 1) + ".");
+      refuse(name + " names block " + text(b) + " twice, or there is none: blocks are layer * " +
+             text(calls.experts) + " + expert, up to " + text(static_cast<int64_t>(seen.size()) - 1) + ".");
     }
     seen[static_cast<size_t>(b)] = true;
   }
@@ -151,7 +165,8 @@ void check_warm(const Calls& calls, const std::vector<int64_t>& blocks, const st
 void check_room(const Calls& calls, const Room& room) {
   const auto pools = static_cast<int64_t>(room.slots.size());
   if (pools != 1 && pools != calls.layers) {
-    refuse(text(pools) + " numbers of slots do not fit " + text(calls.layers) + " layers: give one for all or one for each.");
+    refuse(text(pools) + " numbers of slots do not fit " + text(calls.layers) +
+           " layers: give one for all or one for each.");
   }
   for (const int64_t slots : room.slots) {
     if (slots < 0) refuse(text(slots) + " slots make no sense: give 0 or more.");
@@ -162,9 +177,10 @@ void check_room(const Calls& calls, const Room& room) {
     const int64_t size = calls.event_start[n + 1] - calls.event_start[n], layer = n % calls.layers;
     if (size > room.slots[pool(layer)]) {
       throw StoreFailure(StoreFailure::Kind::Budget,
-                         "Event " + text(n) + " (step " + text(n / calls.layers) + ", layer " + text(layer) + ") needs " +
-                             text(size) + " experts at once and there are " + text(room.slots[pool(layer)]) +
-                             " slots for it: give it at least " + text(size) + ".");
+                         "Event " + text(n) + " (step " + text(n / calls.layers) + ", layer " + text(layer) +
+                             ") needs " + text(size) + " experts at once and there are " +
+                             text(room.slots[pool(layer)]) + " slots for it: give it at least " + text(size) +
+                             ".");
     }
   }
   check_warm(calls, room.warm, "warm");

@@ -1,5 +1,5 @@
-// What a simulation is given: calls, forecasts, costs, rules, room. specgate/policy/{workload,costs,rules}.py say what
-// each field means; arrays belong to the caller.
+// What a simulation is given: calls, forecasts, costs, rules, room. specgate/policy/{workload,costs,rules}.py
+// say what each field means; arrays belong to the caller.
 //
 // L layers, E experts of a layer, S steps, N = S * L events, M entries, P = S * (L + 1) points.
 #pragma once
@@ -59,7 +59,8 @@ struct Room {
 Evict evict_of(const std::string& name);
 Fetch fetch_of(const std::string& name);
 
-/// Throws StoreFailure(Config) for input that makes no sense, StoreFailure(Budget) for an event larger than its slots.
+/// Throws StoreFailure(Config) for input that makes no sense, StoreFailure(Budget) for an event larger than
+/// its slots.
 void check(const Calls& calls, const CostTable& costs, const RuleTable& rules, const Room& room);
 
 }  // namespace specgate::sim

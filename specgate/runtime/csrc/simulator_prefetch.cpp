@@ -28,8 +28,8 @@ void Simulator::arrive(int64_t point) {
   }
 }
 
-/// What is `wanted` of the point's forecasts is queued. wanted(b, p, horizon, rank, sum): rank and sum are those of
-/// the more probable experts of the same horizon.
+/// What is `wanted` of the point's forecasts is queued. wanted(b, p, horizon, rank, sum): rank and sum are
+/// those of the more probable experts of the same horizon.
 template <class Wanted>
 void Simulator::offer_all(int64_t point, int64_t depth, Wanted wanted) {
   if (!calls_.point_start) return;
@@ -48,7 +48,8 @@ void Simulator::offer_all(int64_t point, int64_t depth, Wanted wanted) {
     if (e <= begun_) continue;
     const uint32_t b = first_block + static_cast<uint32_t>(calls_.foreseen[i]);
     const double p = calls_.p[i];
-    if (blocks_[b].place == Place::Absent && eviction_.hint_event(b) == e && wanted(b, p, horizon, rank, sum)) {
+    const bool open = blocks_[b].place == Place::Absent && eviction_.hint_event(b) == e;
+    if (open && wanted(b, p, horizon, rank, sum)) {
       if (waiting_.queued(b)) {
         waiting_.merge(b, p, e, host_.has(b));
       } else {
@@ -79,18 +80,18 @@ void Simulator::judge(int64_t point) {
       return offer_all(point, depth_of(point),
                        [&](uint32_t, double, int64_t, int64_t, double sum) { return sum < enough; });
     }
-    case Fetch::Priced:
-      return offer_all(point, depth_of(point),
-                       [&, mean = mean_event(), price = price_of_link()](uint32_t b, double p, int64_t h, int64_t,
-                                                                         double) {
-                         const double time = static_cast<double>(h) * mean;
-                         if (pays(point, b, p, time, price, copy_ns_)) {
-                           blocks_[b].low = false;
-                           return true;
-                         }
-                         if (rules_.low_bytes == 0 || !pays(point, b, p, time, price, low_ns_)) return false;
-                         return blocks_[b].low = true;
-                       });
+    case Fetch::Priced: {
+      const double mean = mean_event(), price = price_of_link();
+      return offer_all(point, depth_of(point), [&](uint32_t b, double p, int64_t h, int64_t, double) {
+        const double time = static_cast<double>(h) * mean;
+        if (pays(point, b, p, time, price, copy_ns_)) {
+          blocks_[b].low = false;
+          return true;
+        }
+        if (rules_.low_bytes == 0 || !pays(point, b, p, time, price, low_ns_)) return false;
+        return blocks_[b].low = true;
+      });
+    }
   }
 }
 
@@ -118,7 +119,8 @@ double Simulator::backlog() const {
   double free = std::max(now_, link_free_);
   if (link_block_ != kNone) free = std::max(free, link_end_);
   auto copies = static_cast<double>(waiting_.size());
-  if (file_block_ != kNone && !file_orphan_ && blocks_[static_cast<size_t>(file_block_)].place == Place::Flying) copies += 1;
+  const bool reads = file_block_ != kNone && !file_orphan_;
+  if (reads && blocks_[static_cast<size_t>(file_block_)].place == Place::Flying) copies += 1;
   return (free - now_) + copies * copy_ns_;
 }
 
@@ -159,7 +161,8 @@ double Simulator::price_of_link() const {
   return utilisation() * (costs_.link_chunk_bytes > 0 ? rules_.price_scale : 1.0);
 }
 
-/// Break-even, `time` before the expert is used: what the prefetch saves if the forecast is right against what it costs in any case.
+/// Break-even, `time` before the expert is used: what the prefetch saves if the forecast is right against
+/// what it costs in any case.
 bool Simulator::pays(int64_t point, uint32_t b, double p, double time, double price, double copy) {
   const size_t pool = pool_of(b);
   if (value_point_[pool] != point) {

@@ -73,7 +73,10 @@ void Waiting::moved(uint32_t b, bool on_host) {
 int64_t Waiting::drop_stale(int64_t n) {
   int64_t dropped = 0;
   for (BlockHeap* heap : {&link, &file}) {
-    for (; !heap->empty() && heap->top().a <= static_cast<double>(n); ++dropped) heap->remove(heap->top().block);
+    while (!heap->empty() && heap->top().a <= static_cast<double>(n)) {
+      heap->remove(heap->top().block);
+      ++dropped;
+    }
   }
   return dropped;
 }
