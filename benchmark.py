@@ -15,6 +15,7 @@ from rich.console import Console
 
 from specgate.errors import SpecgateError
 from specgate.report.modes import chosen, run_mode
+from specgate.report.plan_settings import checked, planned
 from specgate.report.publish import publish
 from specgate.report.record import Run, read_record
 
@@ -25,7 +26,7 @@ def data_configs() -> dict[str, DictConfig]:
     name, overrides = settings.job.config_name, list(settings.overrides.task)
     folder = next(source.path for source in settings.runtime.config_sources if source.provider == "main")
     others = [override for override in overrides if not override.startswith("data=")]
-    names = chosen("data", overrides, Path(folder) / f"{name}.yaml")
+    names = chosen("data", overrides, Path(folder) / f"{name}.yaml", planned(overrides))
     return {data: compose(config_name=name, overrides=[*others, f"data={data}"]).data for data in names}
 
 
@@ -57,4 +58,5 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = checked(sys.argv[1:], Path(__file__).parent / "conf")
     main()

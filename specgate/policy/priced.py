@@ -32,7 +32,8 @@ class Priced(Policy):
         entropy_high: normalised entropy of the next event's forecast above which it is unsure.
         backlog_high: mean events of work that the link may be behind.
         price_scale: factor on the price of the link where demands can interrupt a prefetch.
-        discount: of value per event; None fits it.
+        discount: of value per step, that is after all L events of one; None: the chance that a slot of an LRU
+            cache is not handed over in that time (specgate.policy.reuse).
         half_life: of uses, in steps; None fits it.
         calibrated: whether a predictor's probabilities are calibrated first.
         approximate: fetch a smaller, approximate copy where only that is worth its bytes. Changes values.
@@ -45,13 +46,13 @@ class Priced(Policy):
     def __init__(
         self,
         part: str = "both",
-        depth: int = 3,
+        depth: int = 4,
         foresight: int = 24,
         adaptive: bool = False,
         entropy_high: float = 0.9,
         backlog_high: float = 4.0,
-        price_scale: float = 0.5,
-        discount: float | None = None,
+        price_scale: float = 0.6,
+        discount: float | None = 0.3,
         half_life: float | None = None,
         calibrated: bool = True,
         approximate: bool = False,
@@ -93,7 +94,7 @@ class Priced(Policy):
             entropy_high=self.entropy_high,
             backlog_high=self.backlog_high,
             price_scale=self.price_scale,
-            discount=reuse.discount if self.discount is None else self.discount,
+            discount=reuse.discount if self.discount is None else self.discount ** (1 / train.layers),
             half_life=reuse.half_life,
             intercept=reuse.intercept,
             slope=reuse.slope,

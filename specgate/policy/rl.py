@@ -90,7 +90,7 @@ class ReinforcementLearning(Policy):
             half_life=reuse.half_life,
             intercept=reuse.intercept,
             slope=reuse.slope,
-            discount=reuse.discount,
+            discount=0.3 ** (1 / train.layers),  # as priced has it
         )
 
     def train(

@@ -21,6 +21,8 @@ from specgate.report.calibration import CalibrationSettings, examine
 from specgate.report.cost import CostSettings, measure
 from specgate.report.live import live as run_live
 from specgate.report.live_settings import LiveSettings
+from specgate.report.plan import plan as run_plan
+from specgate.report.plan_settings import PlanSettings
 from specgate.report.quantized import QuantizeSettings, compare_precisions
 from specgate.report.replay import replay as run_replay
 from specgate.report.replay_settings import ReplaySettings
@@ -29,6 +31,7 @@ from specgate.report.simulate_settings import SimulateSettings
 from specgate.report.transitions import FlowSettings, explore
 from specgate.report.uncertainty import UncertaintySettings, measure_uncertainty
 from specgate.traces.datamodule import RoutingDataModule
+from specgate.training import make
 
 Mode = Callable[[Any, Mapping[str, RoutingDataModule], Any, Console], dict[str, Any]]
 
@@ -114,9 +117,17 @@ def simulate(
     values: Any = OmegaConf.to_container(cfg.simulate, resolve=True)
     settings = SimulateSettings(**values)
     policies = dict(policy_config(line) for line in settings.policies)
-    hardware = {name: instantiate(composed("hardware", name), _convert_="all") for name in settings.hardware}
+    hardware = {name: make(composed("hardware", name)) for name in settings.hardware}
     shape = instantiate(cfg.shape, _convert_="all")
     return run_simulate(settings, policies, shape, hardware, traces, console)
+
+
+def plan(
+    cfg: DictConfig, traces: Mapping[str, RoutingDataModule], fitter: Any, console: Console
+) -> dict[str, Any]:
+    """Whether a model fits a machine, how fast it would be (``specgate.report.plan``)."""
+    values: Any = OmegaConf.to_container(cfg.plan, resolve=True)
+    return run_plan(PlanSettings(**values), make(cfg.shape), make(cfg.hardware), traces, console)
 
 
 def policy_config(line: str) -> tuple[str, Policy]:
@@ -126,7 +137,7 @@ def policy_config(line: str) -> tuple[str, Policy]:
         ConfigError: if there is no such policy or option, or a value makes no sense.
     """
     name, *options = line.split()
-    made: Policy = instantiate(composed("policy", name, *options), _convert_="all")
+    made: Policy = make(composed("policy", name, *options))
     return " ".join([name, *options]), made
 
 
@@ -162,6 +173,7 @@ MODES: dict[str, Mode] = {
     "calibration": calibration,
     "cost": cost,
     "live": live,
+    "plan": plan,
     "quantize": quantize,
     "replay": replay,
     "simulate": simulate,
@@ -191,12 +203,15 @@ def composed_data(name: str) -> DictConfig:
     return data
 
 
-def chosen(group: str, overrides: Sequence[str], config: Path) -> list[str]:
+def chosen(
+    group: str, overrides: Sequence[str], config: Path, otherwise: Sequence[str] | None = None
+) -> list[str]:
     """Which options of a group that takes lists are chosen (Hydra itself remembers single choices only).
 
     Args:
         overrides: of the command line; the last one for the group counts.
         config: the primary YAML file, whose defaults list says what holds otherwise.
+        otherwise: what holds instead of that.
 
     Raises:
         ConfigError: if nothing is chosen.
@@ -205,7 +220,7 @@ def chosen(group: str, overrides: Sequence[str], config: Path) -> list[str]:
     listed = [
         default[group] for default in primary["defaults"] if isinstance(default, dict) and group in default
     ]
-    value: Any = listed[-1] if listed else None
+    value: Any = list(otherwise) if otherwise is not None else listed[-1] if listed else None
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         if override.key_or_group == group and not override.is_delete():
             value = override.value()

@@ -62,13 +62,15 @@ def memory_table(record: Mapping[str, Any]) -> Table:
 
 def speed_table(record: Mapping[str, Any]) -> Table:
     """What each policy would reach."""
+    moved = {"demand_bytes": "MB asked", "prefetch_bytes": "ahead", "wasted_bytes": "wasted"}
+    if any(row["file_bytes"] for row in record["rows"]):
+        moved["file_bytes"] = "from file"
     table = Table(
         f"Expected speed of {record['shape']['name']} on {record['machine']['name']}",
-        ["policy", "tokens/s", "ms/step", "hit %", "late %", "waits %", "MB asked", "MB ahead", "MB wasted",
-         "MB from file", "oracle's gain %", "bound by"],
+        ["policy", "tokens/s", "ms/step", "hit %", "late %", "waits %", *moved.values(), "oracle's gain %",
+         "bound by"],
     )  # fmt: skip
     for row in record["rows"]:
-        moved = ("demand_bytes", "prefetch_bytes", "wasted_bytes", "file_bytes")
         table.rows.append(
             [
                 row["policy"],
@@ -88,7 +90,7 @@ def speed_table(record: Mapping[str, Any]) -> Table:
     whose = "its own trace" if about["own_trace"] else f"the trace of another model, {about['trace']}"
     table.notes = [
         f"Hit rates: {whose}, {about['documents']} documents of at most {about['tokens']} tokens; forecasts "
-        f"{about['forecasts']} (by layers ahead). MB per token over the link; waits: share of the time that "
+        f"{about['forecasts']} (by layers ahead). MB per token over the link, asked for and fetched ahead; waits: share of the time that "
         "the model waits for experts. Oracle's gain: time saved over the better cache without prediction, as "
         "a share of what the oracle saves.",
         f"Bound by: {'; '.join(f'{name}, {words}' for name, words in RESOURCES.items())}.",

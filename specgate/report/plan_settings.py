@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,31 @@ class PlanSettings:
                 f"plan.context={self.context} is more than the {most} tokens that {shape.name} can see; "
                 "write that or less."
             )
+
+
+#: Traces whose routing a plan may simulate, if none is named; those that are not there are passed over.
+TRACES = ("gpt_oss_20b", "olmoe_ref_decode")
+
+
+def planned(overrides: Sequence[str]) -> Sequence[str] | None:
+    """The traces of a run that names none: those of a plan; None: those of the configuration."""
+    return TRACES if "mode=plan" in overrides else None
+
+
+def checked(arguments: Sequence[str], conf: Path) -> list[str]:
+    """The command line of benchmark.py: ``moe=`` means ``shape=``. Ends the program, with one sentence, if it
+    names an option that is not there."""
+    names = {path.stem for path in (conf / "shape").glob("*.yaml")}
+    out = [
+        f"shape={argument[4:]}" if argument.startswith("moe=") and argument[4:] in names else argument
+        for argument in arguments
+    ]
+    try:
+        check_choices([a.replace("moe=", "shape=", 1) if a.startswith("moe=") else a for a in out], conf)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+    return out
 
 
 def check_choices(

@@ -13,6 +13,7 @@ from specgate.report.cost_page import publish_cost
 from specgate.report.flow_page import publish_transitions
 from specgate.report.html import write_page
 from specgate.report.live_page import publish_live
+from specgate.report.plan_page import publish_plan
 from specgate.report.plots import draw_all
 from specgate.report.quantized_page import publish_quantized
 from specgate.report.replay_page import publish_replay
@@ -34,6 +35,7 @@ PAGES: dict[str, Callable[[Mapping[str, Any], Path, Console | None], Path]] = {
     "calibration": publish_calibration,
     "cost": publish_cost,
     "live": publish_live,
+    "plan": publish_plan,
     "quantize": publish_quantized,
     "replay": publish_replay,
     "simulate": publish_simulation,

@@ -88,8 +88,8 @@ class Replay:
         learning = [name for name in settings.variants if variant_of(name)[0].eviction in LEARNS]
         if learning and self.script.fitted is None:
             raise ConfigError(
-                f"{settings.script} was made without training documents, which {learning[0]} needs; delete it "
-                "and make it again."
+                f"{settings.script} was made without training documents, which {learning[0]} needs; delete "
+                "it and make it again."
             )
         left = [] if predicts else wanted
         self.skipped = [{"variant": name, "reason": "no predictor is named"} for name in left]

@@ -31,10 +31,11 @@ def test_the_fit_is_that_of_the_model_of_reuse_and_can_be_set() -> None:
         reuse.half_life,
         reuse.intercept,
         reuse.slope,
-        reuse.discount,
+        pytest.approx(0.3 ** (1 / 3)),
     )
-    fixed = Priced(half_life=5.0, discount=0.7).fit(train, some_costs(train), 9)
-    assert (fixed.half_life, fixed.discount) == (5.0, 0.7)
+    assert Priced(discount=None).fit(train, some_costs(train), 9).discount == reuse.discount
+    fixed = Priced(half_life=5.0, discount=0.343).fit(train, some_costs(train), 9)
+    assert (fixed.half_life, fixed.discount) == (5.0, pytest.approx(0.7))
     assert fixed.intercept == fit_reuse(train, 9, (5.0,)).intercept
 
 
