@@ -154,6 +154,19 @@ COMMANDS: dict[str, Make | Run] = {
     "python benchmark.py mode=transitions data=[gpt_oss_20b,olmoe_ref_prefill]": Run(
         SCORE, {"gpt_oss_20b": "olmoe_ref_decode"}
     ),
+    "python benchmark.py mode=plan moe=gpt_oss_20b hardware=rtx3090 budget_gb=10": Run(
+        ("paths.data={data}", "plan.documents=1", "plan.tokens=8", "plan.train_documents=1", "threads=1")
+    ),
+    "python benchmark.py mode=simulate data=gpt_oss_20b shape=gpt_oss_20b checkpoints=[outputs/train/my_run]": Run(
+        (*SCORE, "shape.config.num_hidden_layers=3", "simulate.resamples=100", "'simulate.residency=[0.5]'"),
+        {
+            "shape=gpt_oss_20b": "shape=tiny",
+            "data=gpt_oss_20b": "data=olmoe_ref_prefill",
+            "outputs/train/my_run": "{run}",
+        },
+    ),
+    "python -m specgate.policy.measure": HELP,
+    "python -m benchmarks.simulator": HELP,
     PACK: HELP,
     f"{PACK} moe=olmoe_ref": Run(("out={new}/a.experts",), prints_metrics=False),
     f"{PACK} moe=path/to/model codec=int4 group=64": Run(
@@ -173,7 +186,17 @@ MENTIONED = {
     *("source .venv/bin/activate", "python -m specgate.report.sweep FOLDER", "python train.py -m"),
     *(
         f"python benchmark.py mode={m}"
-        for m in ("cost", "calibration", "uncertainty", "quantize", "transitions", "live", "replay")
+        for m in (
+            "cost",
+            "calibration",
+            "uncertainty",
+            "quantize",
+            "transitions",
+            "live",
+            "replay",
+            "simulate",
+            "plan",
+        )
     ),
 }
 

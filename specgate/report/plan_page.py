@@ -90,7 +90,8 @@ def speed_table(record: Mapping[str, Any]) -> Table:
     whose = "its own trace" if about["own_trace"] else f"the trace of another model, {about['trace']}"
     table.notes = [
         f"Hit rates: {whose}, {about['documents']} documents of at most {about['tokens']} tokens; forecasts "
-        f"{about['forecasts']} (by layers ahead). MB per token over the link, asked for and fetched ahead; waits: share of the time that "
+        f"{about['forecasts']} (by layers ahead). MB per token over the link, asked for and fetched ahead; "
+        "waits: share of the time that "
         "the model waits for experts. Oracle's gain: time saved over the better cache without prediction, as "
         "a share of what the oracle saves.",
         f"Bound by: {'; '.join(f'{name}, {words}' for name, words in RESOURCES.items())}.",
