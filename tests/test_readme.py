@@ -157,7 +157,8 @@ COMMANDS: dict[str, Make | Run] = {
     "python benchmark.py mode=plan moe=gpt_oss_20b hardware=rtx3090 budget_gb=10": Run(
         ("paths.data={data}", "plan.documents=1", "plan.tokens=8", "plan.train_documents=1", "threads=1")
     ),
-    "python benchmark.py mode=simulate data=gpt_oss_20b shape=gpt_oss_20b checkpoints=[outputs/train/my_run]": Run(
+    "python benchmark.py mode=simulate data=gpt_oss_20b shape=gpt_oss_20b "
+    "checkpoints=[outputs/train/my_run]": Run(
         (*SCORE, "shape.config.num_hidden_layers=3", "simulate.resamples=100", "'simulate.residency=[0.5]'"),
         {
             "shape=gpt_oss_20b": "shape=tiny",
