@@ -30,8 +30,8 @@ CANDIDATES = (
     {"name": "lfru"},
     {"name": "priced", "part": "evict_only"},
     {"name": "priced", "depth": 1},
-    {"name": "priced", "depth": 3},
-    {"name": "priced", "depth": 3, "adaptive": True},
+    {"name": "priced", "depth": 4},
+    {"name": "priced", "depth": 4, "adaptive": True},
 )
 
 
@@ -75,7 +75,8 @@ class Bandit:
         explorer: ``linucb`` or ``thompson``.
         explore: width of the confidence bound, or scale of the sampled noise; 0 is greedy.
         ridge: strength of the prior, in documents.
-        prior: what an arm is expected to earn before it was tried; 1 is LRU's reward.
+        prior: what an arm is expected to earn before it was tried; 1 is LRU's reward. More than any arm earns
+            makes sure that each is tried.
         first_tokens: steps of a document that its features are taken from.
         seed: of Thompson sampling.
 
@@ -89,9 +90,9 @@ class Bandit:
         self,
         candidates: Sequence[dict[str, Any]] = CANDIDATES,
         explorer: str = "linucb",
-        explore: float = 0.5,
+        explore: float = 0.1,
         ridge: float = 1.0,
-        prior: float = 1.0,
+        prior: float = 1.5,
         first_tokens: int = 8,
         seed: int = 0,
     ) -> None:

@@ -77,7 +77,7 @@ def test_seeds_states_and_forgetting() -> None:
     judged = [b.run(*tables, learning=False).choices_D.tolist() for b in (one, loaded)]
     assert judged[0] == judged[1]
     one.reset()
-    assert one.expected_A(tables[0][0]) == pytest.approx([1.0, 1.0])
+    assert one.expected_A(tables[0][0]) == pytest.approx([1.5, 1.5])
     with pytest.raises(ConfigError, match="2 arms is none of 6"):
         Bandit().load_state(loaded.state())
 
