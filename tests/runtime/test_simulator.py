@@ -118,6 +118,30 @@ def test_what_is_given_up_and_what_is_dropped() -> None:
     assert result.total("prefetches") == 0
 
 
+def test_of_two_transfers_under_way_the_less_probable_one_is_given_up() -> None:
+    w = calls([0], [0, 3], [1, 2])
+    seen = foresee(w, (1, 2, 1, 0.9), (1, 2, 2, 0.5))
+    # From 30 on 1 is copied and 2 is read; at 130 event 1 needs one of their slots. The read goes on to its end
+    result = simulate(seen, costs_of(w), ALL, 3, host_slots=3, warm=[0], warm_host=[0, 1, 3])
+    assert (result.total("hits"), result.total("host_hits"), result.total("misses")) == (3, 2, 0)
+    assert (result.total("prefetches"), result.total("wasted_bytes"), result.total("file_bytes")) == (
+        2,
+        100,
+        100,
+    )
+
+
+def test_the_gate_lets_nobody_in_who_is_only_as_hot_as_the_coldest() -> None:
+    w = calls([0], [0], [1], [], layers=2)
+    stays = {}
+    for admission in ("gate", "always"):
+        simulator = Simulator(w, costs_of(w), Rules(admission=admission), 2)
+        simulator.run()
+        stays[admission] = simulator.resident()
+    # Block 4 (layer 1) was used in the same step as block 0, and goes before it, though it was used later
+    assert stays == {"gate": [0, 1], "always": [1, 4]}
+
+
 def test_nothing_is_foreseen_beyond_a_document() -> None:
     w = calls([0], [1], documents=[0, 1])
     seen = foresee(w, (1, 1, 1, 1.0))
