@@ -121,7 +121,7 @@ def test_what_is_given_up_and_what_is_dropped() -> None:
 def test_of_two_transfers_under_way_the_less_probable_one_is_given_up() -> None:
     w = calls([0], [0, 3], [1, 2])
     seen = foresee(w, (1, 2, 1, 0.9), (1, 2, 2, 0.5))
-    # From 30 on 1 is copied and 2 is read; at 130 event 1 needs one of their slots. The read goes on to its end
+    # From 30 on 1 is copied and 2 is read; at 130 event 1 needs one of their slots. The read is not stopped
     result = simulate(seen, costs_of(w), ALL, 3, host_slots=3, warm=[0], warm_host=[0, 1, 3])
     assert (result.total("hits"), result.total("host_hits"), result.total("misses")) == (3, 2, 0)
     assert (result.total("prefetches"), result.total("wasted_bytes"), result.total("file_bytes")) == (
