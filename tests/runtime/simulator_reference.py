@@ -86,17 +86,25 @@ class Reference(State):
             elif r.prefetch == "cumulative":
                 wanted = sum_before < r.mass * self.w.top_k
             elif r.prefetch == "priced":
-                wanted = self.pays(b, p, h, self.copy, worth[self.pool(b)])
+                time = h * self.mean_event() - self.ahead(b, p, e)
+                wanted = self.pays(b, p, time, self.copy, worth[self.pool(b)])
                 if not wanted and r.low_bytes:
-                    wanted = low = self.pays(b, p, h, self.low_copy, worth[self.pool(b)])
+                    wanted = low = self.pays(b, p, time, self.low_copy, worth[self.pool(b)])
             else:
                 wanted = False
             if wanted:
                 self.queue[b] = (e, p, low)
 
-    def pays(self, b: int, p: float, h: int, copy: float, worth: float) -> bool:
+    def ahead(self, b: int, p: float, e: int) -> float:
+        goes_on = max(self.t, self.complete)
+        free = max(self.t, self.link_free, self.link.end if self.link else 0.0)
+        staged = [x for x in self.flying.values() if x.stage == "staged"]
+        before = [x for x, (f, q, _) in self.queue.items() if self.in_host(x) and (f, -q, x) < (e, -p, b)]
+        return max(0.0, free - goes_on) + len([*staged, *(x for x in before if x != b)]) * self.copy
+
+    def pays(self, b: int, p: float, time: float, copy: float, worth: float) -> bool:
         load = self.copy + (0.0 if self.in_host(b) else self.read)
-        saved = load - max(0.0, self.backlog() + copy - h * self.mean_event())
+        saved = load - max(0.0, copy - time)
         price = self.utilisation() * (self.r.price_scale if self.c.link_chunk_bytes else 1.0)
         return p * min(max(saved, 0.0), load) > worth * load + price * copy
 
@@ -218,6 +226,7 @@ class Reference(State):
         self.work(self.t + (c.pre_ns_N[n] + c.event_ns))
         router = self.t
         there, fetched, judged = self.demand(n)
+        self.complete = there
         self.points.append((router + c.forecast_ns, step * (self.L + 1) + layer + 1))
         self.work(there)
         self.work(there + c.exec_ns_N[n])

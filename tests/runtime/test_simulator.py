@@ -160,17 +160,17 @@ def test_what_was_foreseen_is_not_evicted_for_what_is_less_likely() -> None:
 
 
 def test_an_approximate_copy_comes_first_and_the_exact_one_if_time_remains() -> None:
-    w = calls([0], [1], [2], [1])
-    seen = foresee(w, (1, 1, 1, 0.6))
+    w = calls([0], [3], [1], [2], [1])
+    seen = foresee(w, (3, 1, 1, 0.5))
     rules = Rules(prefetch="priced")
-    # Known at 30, when the link is busy until 140: a copy of all bytes would come 120 later than an event of
-    # 100 allows, which saves nothing of its 110; one of 20 bytes takes 30 and comes 40 later
+    # The first event took 210, 110 of them on the link: a copy of all bytes saves 100 of its 110 and costs
+    # 110 * 110 / 210, that is 0.576 of it; one of 20 bytes takes 30, saves all and costs 0.143
     whole = simulate(seen, costs_of(w), rules, 4)
-    assert (whole.total("prefetches"), whole.total("stall_ns")) == (0, 330)
+    assert (whole.total("prefetches"), whole.total("stall_ns")) == (0, 440)
     result = simulate(seen, costs_of(w), replace(rules, low_bytes=20), 4)
     assert (result.total("prefetches"), result.total("low_hits"), result.total("late")) == (1, 1, 0)
-    assert result.total("stall_ns") == 220
-    # The exact copy runs from 170 to 280, and is there when 1 is asked for again
+    assert result.total("stall_ns") == 330
+    # The exact copy takes the next 110, and is there when 1 is asked for again
     assert (result.total("prefetch_bytes"), result.total("hits")) == (120, 1)
     with pytest.raises(ConfigError, match="low_bytes=100 is not less than expert_bytes=100"):
         simulate(seen, costs_of(w), replace(rules, low_bytes=100), 4)

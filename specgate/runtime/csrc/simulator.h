@@ -94,6 +94,7 @@ class Simulator {
   void offer_all(int64_t point, int64_t depth, Wanted wanted);
   int64_t depth_of(int64_t point) const;
   double backlog() const;
+  double ahead(uint32_t b, double p, int64_t e) const;
   double utilisation() const { return means_.time > 0 ? means_.busy / means_.time : 0; }
   double mean_event() const;
   double rise_of_threshold() const;

@@ -83,7 +83,7 @@ void Simulator::judge(int64_t point) {
     case Fetch::Priced: {
       const double mean = mean_event(), price = price_of_link();
       return offer_all(point, depth_of(point), [&](uint32_t b, double p, int64_t h, int64_t, double) {
-        const double time = static_cast<double>(h) * mean;
+        const double time = static_cast<double>(h) * mean - ahead(b, p, first_event_of(point) + h - 1);
         if (pays(point, b, p, time, price, copy_ns_)) {
           blocks_[b].low = false;
           return true;
@@ -124,6 +124,21 @@ double Simulator::backlog() const {
   return (free - now_) + copies * copy_ns_;
 }
 
+/// What the link has to do before a copy of the block for event e, counted from when the model goes on: it waits for
+/// what event n_ demands in any case.
+double Simulator::ahead(uint32_t b, double p, int64_t e) const {
+  const double on = phase_ == Phase::Waits ? std::max(now_, until_) : now_;
+  double free = std::max(now_, link_free_);
+  if (link_block_ != kNone) free = std::max(free, link_end_);
+  auto copies = static_cast<double>(waiting_.staged.size());
+  const Key own = Waiting::key(b, p, e);
+  for (size_t i = 0; i < waiting_.link.size(); ++i) {
+    const Key& other = waiting_.link.at(i);
+    if (other.block != b && before(other, own)) copies += 1;
+  }
+  return std::max(0.0, free - on) + copies * copy_ns_;
+}
+
 double Simulator::mean_event() const {
   return means_.count > 0 ? means_.work / means_.count : costs_.pre_ns[0] + costs_.exec_ns[0];
 }
@@ -161,8 +176,8 @@ double Simulator::price_of_link() const {
   return utilisation() * (costs_.link_chunk_bytes > 0 ? rules_.price_scale : 1.0);
 }
 
-/// Break-even, `time` before the expert is used: what the prefetch saves if the forecast is right against
-/// what it costs in any case.
+/// Break-even, where the link has `time` until the expert is used: what the prefetch saves if the forecast is right
+/// against what it costs in any case.
 bool Simulator::pays(int64_t point, uint32_t b, double p, double time, double price, double copy) {
   const size_t pool = pool_of(b);
   if (value_point_[pool] != point) {
@@ -173,7 +188,7 @@ bool Simulator::pays(int64_t point, uint32_t b, double p, double time, double pr
                                               : eviction_.value(static_cast<uint32_t>(victim));
   }
   const double load = copy_ns_ + (host_.has(b) ? 0.0 : read_ns_);
-  const double late = std::max(0.0, backlog() + copy - time);
+  const double late = std::max(0.0, copy - time);
   const double saved = std::min(std::max(load - late, 0.0), load);
   return p * saved > pool_value_[pool] * load + price * copy;
 }
