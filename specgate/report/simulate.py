@@ -18,7 +18,7 @@ from rich.console import Console
 
 from specgate.calibration.load import find_checkpoint, load_predictor
 from specgate.calibration.registry import make_calibrator
-from specgate.errors import ConfigError, NotApplicableError
+from specgate.errors import BudgetError, ConfigError, NotApplicableError
 from specgate.moe.hosts import resolve_device
 from specgate.policy.base import Policy
 from specgate.policy.costs import Costs
@@ -72,6 +72,7 @@ class Simulation:
         self.sizes: ModelSizes = sizes_of(shape)
         self.block_bytes = shape.layout(settings.codec).block_bytes
         self.skipped: list[dict[str, str]] = []
+        self._seen: dict[tuple[str, str, int, str], list[Workload]] = {}
         self.predictor_name: str | None = None
         self.predictors = self._predictors(policies)
         self.policies = {label: p for label, p in policies.items() if self._possible(label, p)}
@@ -145,11 +146,15 @@ class Simulation:
         return [merge(documents[i : i + batch]) for i in range(0, whole, batch)]
 
     def _foreseen(self, policy: Policy, fit: Workload, which: str) -> list[Workload]:
-        """The documents as a policy sees them, one by one."""
+        """The documents as a policy sees them, one by one; what several policies see is kept once."""
         wants = foresight_of(policy)
         pool = self.scored if which == "scored" else self.before
         documents = pool[wants if wants in pool else "none"]
-        return [d.with_forecasts(policy.foresee(fit, d)) for d in documents]
+        own = policy.name if wants == "eam" else ""
+        key = (which, wants, policy.horizons, own)
+        if key not in self._seen:
+            self._seen[key] = [d.with_forecasts(policy.foresee(fit, d)) for d in documents]
+        return self._seen[key]
 
     # ------------------------------------------------------------------ running
 
@@ -174,10 +179,17 @@ class Simulation:
                         "documents."
                     )
                 fit = join(self._batches(self.train, batch))
-                other = {label: self._batches(warm[label], batch) for label in self.policies}
-                seen = {label: join(documents) for label, documents in other.items() if documents}
+                made: dict[int, list[Workload]] = {}  # of lists that several policies share
+
+                def batches(documents: list[Workload], size: int = batch, made: Any = made) -> list[Workload]:
+                    if id(documents) not in made:
+                        made[id(documents)] = self._batches(documents, size)
+                    found: list[Workload] = made[id(documents)]
+                    return found
+
+                seen = {label: batches(warm[label]) for label in self.policies}
                 batched = {
-                    label: (other[label][: settings.warmup], self._batches(foreseen[label], batch))
+                    label: (seen[label][: settings.warmup], batches(foreseen[label]))
                     for label in self.policies
                 }
                 for (name, hardware), share in product(self.hardware.items(), settings.residency):
@@ -217,7 +229,7 @@ class Simulation:
         share: float,
         fit: Workload,
         batched: Mapping[str, tuple[list[Workload], list[Workload]]],
-        seen: Mapping[str, Workload],
+        seen: Mapping[str, list[Workload]],
         tick: Callable[[], None],
     ) -> list[dict[str, Any]]:
         """All policies at one budget of one machine."""
@@ -234,11 +246,20 @@ class Simulation:
             whole = join([*warm, *scored])
             costs = self._costs(whole, hardware)
             try:
-                rules = policy.fit(fit, fit_costs, slots)
-            except NotApplicableError:  # it wants forecasts to fit on; those of training documents flatter
-                rules = policy.fit(seen[label], self._costs(seen[label], hardware), slots)
-            room = policy.slots_of(fit, slots)
-            result = run_simulation(whole, costs, rules, room, host)
+                room = policy.slots_of(fit, slots)
+                try:
+                    rules = policy.fit(fit, fit_costs, slots)
+                except (
+                    NotApplicableError
+                ):  # it wants forecasts to fit on; those of training documents flatter
+                    others = join(seen[label])
+                    rules = policy.fit(others, self._costs(others, hardware), slots)
+                result = run_simulation(whole, costs, rules, room, host)
+            except BudgetError as error:
+                where = f"{name}, batch {batch}, {100 * share:g} %"
+                self.skipped.append({"policy": f"{label} ({where})", "reason": str(error).rstrip(".")})
+                tick()
+                continue
             first = sum(w.documents for w in warm)
             found[label] = {
                 key: np.asarray(result.of_documents(key), dtype=np.float64)[first:] for key in COUNTED

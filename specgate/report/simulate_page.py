@@ -96,7 +96,11 @@ def speed_table(rows: Sequence[Row], cell: tuple[str, int]) -> Table:
             table.sections.add(len(table.rows))
         texts = []
         for share in shares:
-            row = next(r for r in mine if r["policy"] == name and r["residency"] == share)
+            found = [r for r in mine if r["policy"] == name and r["residency"] == share]
+            if not found:
+                texts.append("–")
+                continue
+            row = found[0]
             speed, low, high = (row[f"tokens_per_second{x}"] for x in ("", "_low", "_high"))
             text = f"{figures(speed)} [{figures(low)}, {figures(high)}]"
             texts.append(f"**{text}**" if speed == best[share] else text)
