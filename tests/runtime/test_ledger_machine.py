@@ -88,7 +88,6 @@ class LedgerMachine(RuleBasedStateMachine):
     def set_future(self, events: list[list[int]]) -> None:
         self.call("set_future", events)
 
-
     @rule(
         experts=st.integers(0, 3),
         half_life=st.sampled_from([-1.0, 0.5, 8.0]),
