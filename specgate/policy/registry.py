@@ -23,6 +23,7 @@ POLICIES = {
     "cumulative": "Cumulative",
     "threshold": "Threshold",
     "priced": "Priced",
+    "known_tokens": "KnownTokens",
     "belady": "Belady",
     "perfect_prefetch": "PerfectPrefetch",
     "oracle": "Oracle",
@@ -31,7 +32,7 @@ POLICIES = {
 #: Chooses among policies, document by document; it has a configuration of its own and is no policy.
 SELECTION = "bandit"
 #: Policies that know the future: they bound what any other can reach.
-ORACLES = ("belady", "perfect_prefetch", "oracle")
+ORACLES = ("known_tokens", "belady", "perfect_prefetch", "oracle")
 
 
 def policy_class(name: str) -> type[Policy]:

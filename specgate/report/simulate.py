@@ -150,7 +150,7 @@ class Simulation:
         wants = foresight_of(policy)
         pool = self.scored if which == "scored" else self.before
         documents = pool[wants if wants in pool else "none"]
-        own = policy.name if wants == "eam" else ""
+        own = policy.name + repr(vars(policy)) if wants in ("eam", "oracle") else ""
         key = (which, wants, policy.horizons, own)
         if key not in self._seen:
             self._seen[key] = [d.with_forecasts(policy.foresee(fit, d)) for d in documents]
