@@ -36,6 +36,10 @@ class KnownTokens(Policy):
             raise ConfigError(f"known_tokens: tokens={tokens} is no number of tokens; write 0 or more.")
         self.tokens = tokens
 
+    @property
+    def horizons(self) -> int:
+        return MAX_DEPTH  # as many as the tokens have layers
+
     def fit(self, train: Workload, costs: Costs, slots: int) -> Rules:
         depth = self._depth(train)
         return replace(Priced().fit(train, costs, slots), depth=depth)
