@@ -55,7 +55,7 @@ def test_foresight_is_as_deep_as_its_source_says(name: str) -> None:
         return
     assert found is not None
     assert int(found.horizon_M.max()) <= mine.horizons
-    if source == "oracle":
+    if source == "oracle" and name != "known_tokens":  # which has a test of its own
         exact = oracle_forecasts(workload, mine.horizons)
         assert (found.expert_M == exact.expert_M).all()
 

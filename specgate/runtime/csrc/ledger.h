@@ -114,9 +114,13 @@ class Ledger {
     policy_.hint(b, p, deadline);
     host_policy_.hint(b, p, deadline);
   }
-  /// Bytes of forecasts that are on the link or wait for it, as if all blocks were of this size.
-  int64_t backlog(int64_t block_bytes) const {
-    return copy_flight_[1] + static_cast<int64_t>(weakest_.size()) * block_bytes;
+  /// Bytes of forecasts that are on the link, or wait for it before one of this deadline and p would; those that wait
+  /// are taken to be of this size, and no more than `most` of them are counted.
+  int64_t backlog(int64_t deadline, double p, int64_t block_bytes, int64_t most) const {
+    const Order own{deadline, -p, 0, 0};
+    int64_t before = 0;
+    for (auto want = prefetches_.begin(); want != prefetches_.end() && *want < own && before < most; ++want) ++before;
+    return copy_flight_[1] + before * block_bytes;
   }
   bool has_free_slot(uint32_t shape_class) const { return !free_slots_[shape_class].empty(); }
   Policy& policy() { return policy_; }

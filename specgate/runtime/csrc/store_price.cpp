@@ -1,6 +1,8 @@
 // Which forecasts are worth their bytes now.
 #include "store.h"
 
+#include <algorithm>
+
 namespace specgate {
 
 Asked Store::ask(const Foreknown& f) {
@@ -23,13 +25,16 @@ bool Store::worth(const Foreknown& f) const {
   const double copy_ns = bytes * pricer_.ns_per_byte();
   const bool in_host = block.host != Place::Absent || config_.ledger.resident_host;
   const double load_ns = copy_ns + (in_host || read_bytes_ <= 0 ? 0.0 : bytes * read_ns_ / read_bytes_);
-  const double backlog_ns = static_cast<double>(ledger_->backlog(ledger_->bytes(f.block))) * pricer_.ns_per_byte();
   double value = 0;
   if (!ledger_->has_free_slot(block.shape_class)) {
     const int64_t victim = ledger_->policy().victim(block.shape_class);
     if (victim >= 0) value = ledger_->policy().value(static_cast<uint32_t>(victim));
   }
   const int64_t ahead = std::max<int64_t>(f.deadline - ledger_->now(), 1);
+  // behind more than this it would save nothing
+  const auto most = static_cast<int64_t>((static_cast<double>(ahead) * pricer_.mean_event_ns() + load_ns) / copy_ns) + 1;
+  const int64_t before = ledger_->backlog(f.deadline, f.p, ledger_->bytes(f.block), std::min<int64_t>(most, 4096));
+  const double backlog_ns = static_cast<double>(before) * pricer_.ns_per_byte();
   return pricer_.worth(f.p, ahead, load_ns, copy_ns, backlog_ns, value, config_.price_scale);
 }
 
