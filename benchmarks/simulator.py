@@ -27,7 +27,7 @@ from specgate.policy.costs import Costs
 from specgate.policy.rules import Rules
 from specgate.policy.workload import Forecasts, Workload, decoding
 from specgate.report.record import Run, describe_hardware, read_record
-from specgate.report.tables import Table, number, percent
+from specgate.report.simulator_page import table_of
 from specgate.runtime.simulator import Simulator
 
 EXPERT_BYTES = 49_800_000  # 24.9 M parameters in bf16
@@ -129,25 +129,6 @@ def measure(workload: Workload, share: float, rounds: int) -> list[dict[str, Any
     ]
 
 
-def table_of(rows: Sequence[dict[str, Any]]) -> Table:
-    """Of :func:`measure`."""
-    table = Table(
-        "Simulator: million expert events per second, one core",
-        ["rules", "median", "best", "hits %", "prefetches per event"],
-    )
-    for row in rows:
-        table.rows.append(
-            [
-                row["rules"],
-                number(row["million_expert_events_per_second"], 2),
-                number(row["best"], 2),
-                percent(row["hit_rate"]),
-                number(row["prefetches_per_event"], 2),
-            ]
-        )
-    return table
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(
@@ -170,9 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "benchmarks.simulator", *(arguments or sys.argv[1:])])
     path = log.write(args.out, command=command, simulator={"rows": rows, "foreseen_per_point": named})
     console = Console() if sys.stdout.isatty() else Console(width=132)
-    console.print(table_of(rows).to_rich())
-    console.print(f"forecasts name {named:.1f} experts per point", highlight=False)
-    console.print(f"on {describe_hardware(read_record(path)['hardware'])}", highlight=False)
+    record = read_record(path)
+    console.print(table_of(record).to_rich())
+    console.print(f"on {describe_hardware(record['hardware'])}", highlight=False)
     print(path)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,11 @@ from specgate.report.record import describe_hardware, read_record, write_json
 from specgate.report.replay_page import is_replay, replay_section, slim_replay
 from specgate.report.running import is_running, running_section, slim_running
 from specgate.report.simulate_page import is_simulation, simulation_section, slim_simulation
+from specgate.report.simulator_page import (
+    is_simulator_speed,
+    simulator_speed_section,
+    slim_simulator_speed,
+)
 from specgate.report.store_paths_page import is_store_paths, slim_store_paths, store_paths_section
 from specgate.report.style import scored_rows, slug, traces_of
 from specgate.report.tables import calibration_table, detail_table, summary_table, trace_table
@@ -54,27 +59,31 @@ unless a heading says otherwise; probabilities were scaled on validation documen
 """
 
 
+Record = Mapping[str, Any]
+OTHERS: tuple[
+    tuple[Callable[[Record], bool], Callable[[Record], dict[str, Any]], Callable[[Record], list[str]]], ...
+] = (
+    (is_running, slim_running, running_section),
+    (is_calibration, slim_calibration, calibration_section),
+    (is_uncertainty, slim_uncertainty, uncertainty_section),
+    (is_quantized, slim_quantized, quantized_section),
+    (is_replay, slim_replay, replay_section),
+    (is_simulation, slim_simulation, simulation_section),
+    (is_live, slim_live, live_section),
+    (is_simulator_speed, slim_simulator_speed, simulator_speed_section),
+    (is_store_paths, slim_store_paths, store_paths_section),
+)
+"""Records that are no scores of predictors: how to tell one, what to keep of it, its section."""
+
+
 def slim(record: Mapping[str, Any]) -> dict[str, Any]:
     """What the repository keeps of a record: no curves, no per-layer columns, no configuration with local
     paths.
     """
     kept = {key: record[key] for key in KEPT if key in record}
-    if is_running(record):
-        return kept | slim_running(record)
-    if is_calibration(record):
-        return kept | slim_calibration(record)
-    if is_uncertainty(record):
-        return kept | slim_uncertainty(record)
-    if is_quantized(record):
-        return kept | slim_quantized(record)
-    if is_replay(record):
-        return kept | slim_replay(record)
-    if is_simulation(record):
-        return kept | slim_simulation(record)
-    if is_live(record):
-        return kept | slim_live(record)
-    if is_store_paths(record):
-        return kept | slim_store_paths(record)
+    for is_it, slimmed, _ in OTHERS:
+        if is_it(record):
+            return kept | slimmed(record)
     kept["rows"] = [{k: v for k, v in row.items() if k not in DROPPED} for row in scored_rows(record)]
     if "load" in kept:
         kept["load"] = {
@@ -98,7 +107,7 @@ def store(run: str | Path, folder: Path, name: str | None = None) -> Path:
         SpecgateError: if the run has no metrics.json or that has no rows.
     """
     record = read_record(run)
-    if not (record.get("rows") or is_running(record) or is_store_paths(record)):
+    if not (record.get("rows") or any(is_it(record) for is_it, _, _ in OTHERS)):
         raise SpecgateError(
             f"{run} measured no accuracy (no rows): give a run of benchmark.py mode=accuracy, of collect.py "
             "or of benchmarks.recorder_overhead"
@@ -121,22 +130,9 @@ def markdown(records: Mapping[str, Mapping[str, Any]]) -> str:
 def _section(name: str, record: Mapping[str, Any]) -> list[str]:
     if zoo.is_zoo(record):
         return zoo.section(name, record)
-    if is_running(record):
-        return [f"## {name}", "", *_origin(record), "", *running_section(record), ""]
-    if is_calibration(record):
-        return [f"## {name}", "", *_origin(record), "", *calibration_section(record), ""]
-    if is_uncertainty(record):
-        return [f"## {name}", "", *_origin(record), "", *uncertainty_section(record), ""]
-    if is_quantized(record):
-        return [f"## {name}", "", *_origin(record), "", *quantized_section(record), ""]
-    if is_replay(record):
-        return [f"## {name}", "", *_origin(record), "", *replay_section(record), ""]
-    if is_simulation(record):
-        return [f"## {name}", "", *_origin(record), "", *simulation_section(record), ""]
-    if is_live(record):
-        return [f"## {name}", "", *_origin(record), "", *live_section(record), ""]
-    if is_store_paths(record):
-        return [f"## {name}", "", *_origin(record), "", *store_paths_section(record), ""]
+    for is_it, _, section in OTHERS:
+        if is_it(record):
+            return [f"## {name}", "", *_origin(record), "", *section(record), ""]
     rows, load = scored_rows(record), record.get("load", {})
     split = record.get("split", "test")
     parts = [f"## {name}" + ("" if split == "test" else f" ({split} split)"), "", *_origin(record), ""]

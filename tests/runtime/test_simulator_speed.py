@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.simulator import cases_of, main, workload_of
+from specgate.report.results import make
 from tests.runtime.simulations import needs_native
 
 
@@ -32,3 +33,6 @@ def test_every_rule_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert rows["lru"]["million_expert_events_per_second"] > 5 / 8
     assert rows["lru"]["hit_rate"] <= rows["belady"]["hit_rate"]
     assert "priced, depth 3" in capsys.readouterr().out
+    page = make(tmp_path / "docs" / "RESULTS.md", [str(tmp_path)]).read_text()
+    assert f"| lru | {rows['lru']['million_expert_events_per_second']:.2f} |" in page
+    assert make(tmp_path / "docs" / "RESULTS.md").read_text() == page
