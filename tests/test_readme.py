@@ -159,7 +159,7 @@ COMMANDS: dict[str, Make | Run] = {
     ),
     "python benchmark.py mode=simulate data=gpt_oss_20b shape=gpt_oss_20b "
     "checkpoints=[outputs/train/my_run]": Run(
-        (*SCORE, "shape.config.num_hidden_layers=3", "simulate.resamples=100", "'simulate.residency=[0.5]'"),
+        (*SCORE, "simulate.resamples=100", "'simulate.residency=[0.5]'"),
         {
             "shape=gpt_oss_20b": "shape=tiny",
             "data=gpt_oss_20b": "data=olmoe_ref_prefill",

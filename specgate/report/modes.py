@@ -147,7 +147,8 @@ def composed(group: str, name: str, *options: str) -> DictConfig:
     Raises:
         ConfigError: if there is no such choice or option.
     """
-    given = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    ours = HydraConfig.initialized() and HydraConfig.get().job.config_name == "benchmark"
+    given = list(HydraConfig.get().overrides.task) if ours else []
     kept = [o for o in given if not o.startswith((f"{group}=", "data=")) and o.split("=")[0] != group]
     own = [f"{group}={name}", *(f"{group}.{option}" for option in options)]
     try:
