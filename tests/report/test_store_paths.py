@@ -51,7 +51,7 @@ def test_record_becomes_a_section(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 @pytest.mark.gpu
 def test_speed_on_a_gpu() -> None:
-    """What issue 4 asks for; the figures that count are in docs/RESULTS.md."""
+    """The floors; the figures that count are in docs/RESULTS.md."""
     device = torch.device("cuda")
     rows = {row["mib"]: row for row in measure_copies([MIB, 4 * MIB, 16 * MIB], 512 * MIB, 9, device)}
     assert rows[1.0]["demanded_share"] >= 0.90
