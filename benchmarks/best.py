@@ -32,7 +32,7 @@ BEST = {
     ),
     ("switch_ref_encoder", "attention"): Best(14, ("model.units=64", "model.regress=8.0")),
     ("switch_ref_encoder", "expert_lowrank"): Best(
-        10, (*LOW_RANK, "model.units=80", "model.foresee=[32,16]", "model.heads=3", "model.dropout=0.1")
+        6, (*LOW_RANK, "model.units=80", "model.foresee=[32,16]", "model.heads=3", "model.dropout=0.1")
     ),
     ("switch_ref_decoder", "attention"): Best(8),
     ("switch_ref_decoder", "expert_lowrank"): Best(
