@@ -26,7 +26,8 @@ from specgate.calibration.load import load_predictor
 from specgate.errors import CheckpointError, ConfigError, StoreError
 from specgate.moe.families import moe_layers
 from specgate.moe.hosts import fingerprint, quiet_imports, resolve_device
-from specgate.moe.offload_experts import ExpertRunner, Store
+from specgate.moe.offload_experts import ExpertRunner
+from specgate.moe.offload_slots import Store
 from specgate.moe.offload_forecast import Forecaster, Foresees, check_predictor, stack_of, window_bytes
 from specgate.moe.offload_load import BUILDING, Blueprint, checkpoint_folder, draw, load_dense
 from specgate.moe.offload_plan import GB, OffloadPlan, dense_bytes, make_plan

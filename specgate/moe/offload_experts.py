@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,37 +33,15 @@ from specgate.moe.offload_kernels import (
     pages_of,
     plain_attributes,
     run_original,
+    to_device,
     used_experts,
 )
-
-
-class Store(Protocol):
-    """What is asked of an expert store; see ``specgate.runtime``."""
-
-    @property
-    def num_slots(self) -> int: ...
-
-    def arena(self, name: str) -> Tensor: ...
-
-    def acquire(self, layer: int, experts: Sequence[int]) -> list[int]: ...
-
-    def release(self, layer: int, experts: Sequence[int]) -> None: ...
-
-    def prefetch(
-        self, layer: int, expert: int, p: float, deadline: int | None = None, host: bool = False
-    ) -> Any: ...
-
-    def advance(self, clock: int) -> None: ...
-
-    def stats(self) -> dict[str, Any]: ...
-
-    def timeline(self) -> list[Any]: ...
-
-    def close(self) -> None: ...
-
+from specgate.moe.offload_slots import Resident, Store, Visits
 
 #: Told of every call once its experts are there: layer, routing, weights (the arguments of the module).
 Observer = Callable[[int, Tensor, Tensor], None]
+#: Told of every call: layer, its experts in ascending order.
+Counter = Callable[[int, Sequence[int]], None]
 
 
 class OffloadedExperts:
@@ -77,6 +54,8 @@ class OffloadedExperts:
     num_experts: int
     layer: int = -1
     runner: ExpertRunner | None = None
+    #: All experts are there for good: the tensors are attributes of the module, as in the original.
+    settled: bool = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """As the original's.
@@ -86,6 +65,9 @@ class OffloadedExperts:
             ConfigError: in a backward pass.
         """
         hidden_ND, routing, weights = (*args, *kwargs.values())[:3]
+        if self.settled and not torch.is_grad_enabled():
+            there: Tensor = self.original.forward(self, hidden_ND, routing, weights)
+            return there
         if self.runner is None:
             raise StoreError(
                 "This model's experts are not in memory: its offload block was left (or never entered); "
@@ -161,6 +143,7 @@ class ExpertRunner:
 
     Attributes:
         observer: told of every call once its experts are there.
+        counter: told which experts every call uses, once it has run.
         clock: calls so far, the time that deadlines are in.
         follows: the store takes its time from forecasts that it follows; then the clock here is not its.
     """
@@ -168,12 +151,14 @@ class ExpertRunner:
     def __init__(self, store: Store, modules: Sequence[nn.Module]) -> None:
         self.store = store
         self.observer: Observer | None = None
+        self.counter: Counter | None = None
         self.clock = 0
         self.follows = False
         self._lock = threading.RLock()
         self._modules: list[Any] = list(modules)
         self._arenas: dict[str, Tensor] = {name: store.arena(name) for name in self._modules[0].shapes}
-        self._resident: list[_Resident] | None = None
+        self._resident: list[Resident] | None = None
+        self._faces: dict[int, Face] = {}
         for layer, module in enumerate(self._modules):
             module.layer, module.runner = layer, self
 
@@ -182,7 +167,11 @@ class ExpertRunner:
         with self._lock:
             for module in self._modules:
                 module.runner = None
-            self._arenas, self._resident = {}, None
+                if module.settled:
+                    module.settled = False
+                    for name in module.shapes:
+                        del module.__dict__[name]
+            self._arenas, self._resident, self._faces = {}, None, {}
 
     def load_all(self) -> bool:
         """Loads every expert for good; from then on a call asks nothing of the store.
@@ -191,23 +180,52 @@ class ExpertRunner:
             Whether each layer's experts lie side by side, in whatever order, as they must for that.
         """
         found = []
+        self._ask_host(0)
         for layer, module in enumerate(self._modules):
             experts = list(range(module.num_experts))
-            slots = self.store.acquire(layer, experts)
+            self._ask_host(layer + 1)
+            slots = self._acquire_in_order(layer, experts)
             first = min(slots)
             if sorted(slots) != list(range(first, first + len(slots))):
                 for earlier in range(layer + 1):
                     self.store.release(earlier, experts)
                 return False
             views = {name: arena[first : first + len(slots)] for name, arena in self._arenas.items()}
-            found.append(_Resident(views, [slot - first for slot in slots]))
+            found.append(Resident(views, [slot - first for slot in slots]))
         self._resident = found
+        for module, here in zip(self._modules, found, strict=True):
+            if here.in_order and not isinstance(module, nn.ModuleDict):
+                module.__dict__.update(here.views)
+                module.settled = True
         return True
 
-    def prefetch(self, layer: int, expert: int, p: float, horizon: int) -> None:
-        """An expert may be needed ``horizon`` MoE layers after the last call."""
+    def _hosted(self, experts: int) -> bool:
+        """Whether experts pass through host memory, with room there for those of two layers."""
+        return int(getattr(self.store, "host_slots", 0)) >= 2 * experts
+
+    def _ask_host(self, layer: int) -> None:
+        """Lets a layer's experts be read while others are copied."""
+        if layer < len(self._modules) and self._hosted(self._modules[layer].num_experts):
+            for expert in range(self._modules[layer].num_experts):
+                self.store.prefetch(layer, expert, 1.0, host=True)
+
+    def _acquire_in_order(self, layer: int, experts: list[int]) -> list[int]:
+        """Slots in the order of the experts. Those that pass through host memory take one when they are copied,
+        in whatever order the disk gives them, unless they are asked for one by one.
+        """
+        if not self._hosted(len(experts)):
+            return self.store.acquire(layer, experts)
+        return [slot for expert in experts for slot in self.store.acquire(layer, [expert])]
+
+    def prefetch(self, layer: int, wanted: Sequence[tuple[int, float]], horizon: int) -> None:
+        """Experts (with their probabilities) that may be needed ``horizon`` MoE layers after the last call."""
         with self._lock:
-            self.store.prefetch(layer, expert, p, self.clock + horizon)
+            due, every = self.clock + horizon, getattr(self.store, "prefetch_all", None)
+            if every is not None:
+                every(layer, wanted, due)
+                return
+            for expert, p in wanted:
+                self.store.prefetch(layer, expert, p, due)
 
     def run(self, module: Any, hidden_ND: Tensor, routing: Tensor, weights: Tensor) -> Tensor:
         """One call of one layer's experts.
@@ -227,9 +245,15 @@ class ExpertRunner:
                 return torch.zeros_like(hidden_ND)
             kernels = "loop" if isinstance(module, nn.ModuleDict) else implementation_of(module)
             if kernels in ("loop", "eager"):
-                return self._run_in_order(module, experts, hidden_ND, routing, weights)
-            rows = Rows(module, self._arenas, hidden_ND, routing, weights, flat)
-            return self._run_by_index(module, experts, rows, kernels, routing, weights)
+                out = self._run_in_order(module, experts, hidden_ND, routing, weights)
+            elif kernels == "batched_mm" and flat is not None and len(experts) <= self.store.num_slots:
+                out = self._run_few(module, experts, flat, hidden_ND, routing, weights)
+            else:
+                rows = Rows(module, self._arenas, hidden_ND, routing, weights, flat)
+                out = self._run_by_index(module, experts, rows, kernels, routing, weights)
+            if self.counter is not None:
+                self.counter(module.layer, experts)
+            return out
 
     def _due(self) -> int | None:
         """When the next wave of this call is wanted."""
@@ -248,7 +272,7 @@ class ExpertRunner:
         return [experts[i : i + room] for i in range(0, len(experts), room)]
 
     def _run_resident(
-        self, module: Any, here: _Resident, hidden_ND: Tensor, routing: Tensor, weights: Tensor
+        self, module: Any, here: Resident, hidden_ND: Tensor, routing: Tensor, weights: Tensor
     ) -> Tensor:
         """From the layer's own stretch of the arena; the host waits for nothing."""
         if isinstance(module, nn.ModuleDict):
@@ -267,7 +291,7 @@ class ExpertRunner:
         self, module: Any, experts: list[int], hidden_ND: Tensor, routing: Tensor, weights: Tensor
     ) -> Tensor:
         """The family's own loop, which comes to the experts in ascending order."""
-        with _Visits(self.store, module.layer, self._waves(experts), self._due()) as visits:
+        with Visits(self.store, module.layer, self._waves(experts), self._due()) as visits:
             self._observe(module, routing, weights)
             if isinstance(module, nn.ModuleDict):
                 face: Face = SwitchFace(module, self._arenas, visits.slot)
@@ -276,12 +300,40 @@ class ExpertRunner:
                 face = Face(module, lookups, module.plain)
             return run_original(module, face, hidden_ND, routing, weights)
 
+    def _run_few(
+        self,
+        module: Any,
+        experts: list[int],
+        flat: list[int],
+        hidden_ND: Tensor,
+        routing: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        """A decoded token: :meth:`_run_by_index` in one wave, with little to do before kernels are launched."""
+        layer, store = module.layer, self.store
+        slots = store.acquire(layer, experts)
+        try:
+            place = dict(zip(experts, slots, strict=True))
+            index_NK = to_device([place[e] for e in flat], routing.device).view_as(routing)
+            self._observe(module, routing, weights)
+            return run_original(module, self._face_of(module), hidden_ND, index_NK, weights)
+        finally:
+            store.release(layer, experts)
+
+    def _face_of(self, module: Any) -> Face:
+        """The module's face with all slots, made once."""
+        face = self._faces.get(module.layer)
+        if face is None:
+            more = {"num_experts": self.store.num_slots}
+            face = self._faces[module.layer] = Face(module, self._arenas, module.plain | more)
+        return face
+
     def _run_by_index(
         self, module: Any, experts: list[int], rows: Rows, kernels: str, routing: Tensor, weights: Tensor
     ) -> Tensor:
         """All experts at once by their slots, or in waves."""
         waves = self._waves(experts)
-        with _Visits(self.store, module.layer, waves, self._due()) as visits:
+        with Visits(self.store, module.layer, waves, self._due()) as visits:
             self._observe(module, routing, weights)
             for wave in waves:
                 slots = [visits.slot(expert) for expert in wave]
@@ -291,68 +343,3 @@ class ExpertRunner:
                 for page in pages:
                     rows.add(*page)
             return rows.total()
-
-
-class _Resident:
-    """Experts of a layer that stay where they are.
-
-    Args:
-        views: their tensors, ``[E, ...]`` each.
-        places: of each expert in them.
-    """
-
-    def __init__(self, views: dict[str, Tensor], places: list[int]) -> None:
-        self.views, self.places = views, places
-        self.in_order = places == sorted(places)
-        self._table_E: Tensor | None = None
-        self._face: Face | None = None
-
-    def face_of(self, module: Any) -> Face:
-        """The module's face, made once."""
-        if self._face is None:
-            self._face = Face(module, self.views, module.plain)
-        return self._face
-
-    def table_on(self, device: torch.device) -> Tensor:
-        """``places`` as a tensor, made once."""
-        if self._table_E is None:
-            self._table_E = torch.tensor(self.places, device=device)
-        return self._table_E
-
-
-class _Visits:
-    """Holds the slots of one wave after another; a context that gives back what it holds."""
-
-    def __init__(self, store: Store, layer: int, waves: list[list[int]], due: int | None) -> None:
-        self._store, self._layer, self._waves, self._due = store, layer, waves, due
-        self._wave_of = {expert: i for i, wave in enumerate(waves) for expert in wave}
-        self._held = -1
-        self._slots: dict[int, int] = {}
-
-    def __enter__(self) -> _Visits:
-        self._hold(0)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._give_back()
-
-    def _give_back(self) -> None:
-        if self._held >= 0:
-            wave, self._held = self._waves[self._held], -1
-            self._store.release(self._layer, wave)
-
-    def _hold(self, number: int) -> None:
-        self._give_back()
-        wave = self._waves[number]
-        slots = self._store.acquire(self._layer, wave)
-        self._held, self._slots = number, dict(zip(wave, slots, strict=True))
-        for expert in self._waves[number + 1] if number + 1 < len(self._waves) else ():
-            self._store.prefetch(self._layer, expert, 1.0, self._due)
-
-    def slot(self, expert: int) -> int:
-        """Where an expert lies; valid until one of another wave is asked for."""
-        if self._wave_of[expert] != self._held:
-            self._hold(self._wave_of[expert])
-        return self._slots[expert]

@@ -45,8 +45,8 @@ class Foresees(Protocol):
     def probabilities(self, batch: RoutingBatch) -> Tensor: ...
 
 
-#: Layer (over all stacks), expert, probability, horizon.
-Want = Callable[[int, int, float, int], None]
+#: Layer (over all stacks), its experts with their probabilities, most probable first, horizon.
+Want = Callable[[int, Sequence[tuple[int, float]], int], None]
 
 
 class Window:
@@ -135,7 +135,7 @@ class Forecaster(StackWatcher):
         model: offloaded.
         layers: its MoE layers in running order.
         predictors: at most one per stack and phase.
-        want: called with every probability that reaches ``threshold``, nearest horizon first.
+        want: called with the probabilities that reach ``threshold``, nearest horizon first.
         threshold: below it an expert is not worth a transfer.
         history: tokens of a window at most (C).
 
@@ -226,10 +226,13 @@ class Forecaster(StackWatcher):
         self.ignored += int(p_HE.isnan().sum())
         targets, horizons = target_H.tolist(), horizon_H.tolist()
         found_N2 = (p_HE >= self._threshold).nonzero().tolist()  # NaN never is
-        for horizon, minus_p, target, expert in sorted(
-            (horizons[h], -float(p_HE[h, e]), targets[h], e) for h, e in found_N2
-        ):
-            self._want(self._first[stack] + target, expert, -minus_p, horizon)
+        p_N = p_HE[p_HE >= self._threshold].tolist()
+        wanted: dict[int, list[tuple[int, float]]] = {}
+        for (h, expert), p in zip(found_N2, p_N, strict=True):
+            wanted.setdefault(h, []).append((expert, p))
+        for h in sorted(wanted, key=horizons.__getitem__):
+            most_probable_first = sorted(wanted[h], key=lambda pair: -pair[1])
+            self._want(self._first[stack] + targets[h], most_probable_first, horizons[h])
 
 
 def window_bytes(predictor: Foresees, rows: int, most: int) -> int:

@@ -146,10 +146,22 @@ class Rows:
         if self._flat is not None:
             place = dict(zip(experts, slots, strict=True))
             flat = [place[e] - base if e in place else other for e in self._flat]
-            return torch.tensor(flat, device=self._index_NK.device).view_as(self._index_NK)
-        table_E = torch.full((self._module.num_experts,), other)
-        table_E[experts] = torch.tensor(slots) - base
-        return table_E.to(self._index_NK.device)[self._index_NK]
+            return to_device(flat, self._index_NK.device).view_as(self._index_NK)
+        table_E = [other] * self._module.num_experts
+        for expert, slot in zip(experts, slots, strict=True):
+            table_E[expert] = slot - base
+        return to_device(table_E, self._index_NK.device)[self._index_NK]
+
+
+def to_device(values: list[int], device: torch.device) -> Tensor:
+    """Integers on a device, int64.
+
+    Nothing is waited for: a plain copy would wait for all that the stream waits for, the experts' copies with
+    it, and kernels would be launched only after them.
+    """
+    if device.type != "cuda":
+        return torch.tensor(values)
+    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
 
 
 def pages_of(

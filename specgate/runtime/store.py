@@ -15,7 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from specgate.errors import BudgetError, ConfigError, StoreError
@@ -77,6 +79,7 @@ class ExpertStore:
             self.device = torch.device("cuda", torch.cuda.current_device())
         if self.device.type not in ("cpu", "cuda"):
             raise ConfigError(f"device={device} has no expert store; choose cpu or cuda.")
+        self._index: int = self.device.index if self.device.type == "cuda" else -1
         if num_slots < 1:
             raise BudgetError(f"num_slots={num_slots} holds no expert; write 1 or more.")
         count = layers * experts
@@ -112,7 +115,7 @@ class ExpertStore:
             piece_bytes=settings.piece_bytes,
             price_scale=-1.0 if settings.price_scale is None else settings.price_scale,
             half_life=settings.half_life,
-            device=self.device.index if self.device.type == "cuda" else -1,
+            device=self._index,
             poison=settings.poison,
             timeline=settings.timeline,
             workers=settings.workers,
@@ -176,6 +179,25 @@ class ExpertStore:
         due = NEVER if deadline is None else deadline
         blocks = self._blocks(layer, [expert for expert, _ in wanted])
         self._core.prefetch_all([(b, p, due) for b, (_, p) in zip(blocks, wanted, strict=True)])
+
+    def prefetch_many(
+        self, blocks_N: NDArray[np.uint32], p_N: NDArray[np.float64], deadlines_N: NDArray[np.int64]
+    ) -> None:
+        """The same for experts of several layers, in one call.
+
+        Args:
+            blocks_N: ``layer * E + expert``, uint32 ``[N]``.
+            p_N: their probabilities, float64 ``[N]``. deadlines_N: see :meth:`prefetch`, int64 ``[N]``.
+
+        Raises:
+            ConfigError: if one is longer than another, or a block is not of this store.
+        """
+        if len(blocks_N) and int(blocks_N.max()) >= self.layers * self.experts:
+            raise ConfigError(
+                f"Block {int(blocks_N.max())} is not one of {self.layers} layers of {self.experts} experts; "
+                f"write layer * {self.experts} + expert."
+            )
+        self._core.prefetch_many(blocks_N, p_N, deadlines_N)
 
     def follow(self, ring: Any, first_layer: int = 0, layers: int | None = None) -> None:
         """Lets a thread of the store's own prefetch what a ring of forecasts says, without Python.
@@ -350,12 +372,14 @@ class ExpertStore:
             raise StoreError("The expert store is closed; open the model again with specgate.offload.")
 
     def _stream(self) -> int:
-        return torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        return int(torch._C._cuda_getCurrentRawStream(self._index)) if self._index >= 0 else 0
 
     def _blocks(self, layer: int, experts: Sequence[int]) -> list[int]:
-        if not 0 <= layer < self.layers or any(not 0 <= e < self.experts for e in experts):
+        inside = 0 <= layer < self.layers
+        if not inside or (experts and not (min(experts) >= 0 and max(experts) < self.experts)):
             raise ConfigError(
                 f"layer {layer} or one of the experts {list(experts)} is outside the {self.layers} layers of "
                 f"{self.experts} experts; count from 0."
             )
-        return [layer * self.experts + e for e in experts]
+        first = layer * self.experts
+        return [first + e for e in experts]
