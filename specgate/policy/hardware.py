@@ -30,7 +30,11 @@ _POSITIVE = (
     "host_gb_per_s",
     "file_gb_per_s",
 )
-_NOT_NEGATIVE = ("link_latency_us", "file_latency_us", "kernel_us", "reserved_gb")
+_NOT_NEGATIVE = (
+    *("link_latency_us", "file_latency_us", "kernel_us", "reserved_gb"),
+    *("operation_us", "readback_us", "upload_us"),
+)
+_UNKNOWN = ("pageable_gb_per_s", "operation_us", "readback_us", "upload_us", "gathered_gb_per_s")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,12 @@ class Hardware:
         file_gb_per_s, file_latency_us: reading the folder of the expert file, several reads in flight.
         file: what kind of disk that is.
         kernel_us: the host's time to launch one kernel from Python.
+        operation_us: the host's time for one operation of a model's layer, of many in a row; None: unknown,
+            ``kernel_us`` stands for it.
+        readback_us: how much longer a layer takes if the host reads its router's choice. upload_us: if it
+            sends the slots of its experts over. None: unknown, taken as 0.
+        gathered_gb_per_s: bandwidth at which experts are copied together and multiplied; None: unknown,
+            memory's.
         source: where the figures come from.
         measured: whether they were read on the machine itself.
         readings: what was measured, in full; kept for the reader.
@@ -73,14 +83,19 @@ class Hardware:
     device_share: float = 1.0
     tflops_share: float = 1.0
     pageable_gb_per_s: float | None = None
+    operation_us: float | None = None
+    readback_us: float | None = None
+    upload_us: float | None = None
+    gathered_gb_per_s: float | None = None
     file: str = "disk"
     measured: bool = False
     readings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in (*_POSITIVE, *_NOT_NEGATIVE, "device_share", "tflops_share", "pageable_gb_per_s"):
+        more = ("device_share", "tflops_share", "pageable_gb_per_s", "gathered_gb_per_s")
+        for name in (*_POSITIVE, *_NOT_NEGATIVE, *more):
             value = getattr(self, name)
-            if value is None and name == "pageable_gb_per_s":
+            if value is None and name in _UNKNOWN:
                 continue
             least = "0 or more" if name in _NOT_NEGATIVE else "above 0"
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -113,6 +128,16 @@ class Hardware:
     def operations_per_ns(self) -> float:
         """Multiplications and additions that matrix products reach."""
         return self.tflops * 1e3 * self.tflops_share
+
+    @property
+    def gathered_bytes_per_ns(self) -> float:
+        """Bandwidth of experts that are copied together and multiplied."""
+        return self.gathered_gb_per_s or self.memory_bytes_per_ns
+
+    @property
+    def operation_ns(self) -> float:
+        """The host's time for an operation."""
+        return 1e3 * (self.kernel_us if self.operation_us is None else self.operation_us)
 
     @property
     def link_bytes_per_ns(self) -> float:

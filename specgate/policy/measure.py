@@ -31,9 +31,21 @@ from specgate.policy.readings import (
     read_launch,
     read_memory,
 )
+from specgate.policy.readings_layer import read_gathered, read_host
 
 #: Relative error of the line through the copies above which the machine was not quiet.
 BUSY = 0.25
+
+
+_HOST = {
+    "operation": "an operation of a layer",
+    "layer": "a layer's operations",
+    "readback": "the choice read back, besides",
+    "upload": "slots sent over, besides",
+    "synchronous": "a layer with both",
+    "copied": "the same after a copy, less that",
+    "ahead": "the same, launched ahead of it",
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,7 @@ class Plan:
         device: torch's name of it.
         folder: on the disk that holds, or will hold, the expert file.
         mib: sizes of copies. tokens: that an expert serves. hidden, width: of that expert.
+        top_k: experts of a token that are multiplied together.
         file_mib: size of the file. block_mib: of a read. threads: reads in flight.
         memory_mib: bytes copied within a memory. repeats: of every reading.
 
@@ -57,6 +70,7 @@ class Plan:
     tokens: Sequence[int] = (1, 4, 16, 64, 256, 1024)
     hidden: int = 2048
     width: int = 1024
+    top_k: int = 4
     file_mib: int = 1024
     block_mib: int = 4
     threads: int = 8
@@ -65,7 +79,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         least = {"hidden": 1, "width": 1, "file_mib": 1, "block_mib": 1, "threads": 1, "memory_mib": 1}
-        for name, low in (least | {"repeats": 3}).items():
+        for name, low in (least | {"repeats": 3, "top_k": 1}).items():
             if getattr(self, name) < low:
                 raise ConfigError(
                     f"--{name.replace('_', '-')}={getattr(self, name)} is too small; {low} or more."
@@ -129,8 +143,11 @@ def measure(plan: Plan, progress: Progress | None = None) -> Hardware:
         read_memory(device, plan.memory_mib * MIB, plan.repeats) if device.type == "cuda" else host_memory
     )
     experts = read_experts(plan.tokens, plan.hidden, plan.width, plan.repeats, device, tick=tick)
+    tick("experts copied together")
+    gathered = read_gathered(plan.top_k, plan.hidden, plan.width, plan.repeats, device)
     tick("launches")
     launch = read_launch(device, plan.repeats)
+    host = read_host(device, plan.repeats)
     file = read_file(
         plan.folder, plan.file_mib * MIB, plan.block_mib * MIB, plan.threads, max(3, plan.repeats // 3), tick
     )
@@ -154,6 +171,10 @@ def measure(plan: Plan, progress: Progress | None = None) -> Hardware:
         file_gb_per_s=file["gb_per_s"],
         file_latency_us=round(file["page_ns"] * 1e-3, 3),
         kernel_us=round(launch["ns"] * 1e-3, 4),
+        operation_us=round(host["operation"]["ns"] * 1e-3, 4),
+        readback_us=round(host["readback"]["ns"] * 1e-3, 4),
+        upload_us=round(host["upload"]["ns"] * 1e-3, 4),
+        gathered_gb_per_s=gathered["gb_per_s"],
         measured=True,
         source=f"measured on {device_name(device)}; medians of {plan.repeats} readings",
         readings={
@@ -165,6 +186,8 @@ def measure(plan: Plan, progress: Progress | None = None) -> Hardware:
             "device_memory": own_memory,
             "host_memory": host_memory,
             "launch": launch,
+            "host": host,
+            "gathered": gathered,
             "file": file,
         },
     )
@@ -190,7 +213,11 @@ def table_of(found: Hardware) -> Table:
     for kind in ("device_memory", "host_memory"):
         row = readings[kind]
         add(kind.replace("_", " "), f"{row['bytes'] / MIB:g} MiB", row, f"{row['gb_per_s']:.3g} GB/s")
+    row = readings["gathered"]
+    add("experts copied together", f"{row['top_k']} experts", row, f"{row['gb_per_s']:.3g} GB/s")
     add("a small operation", "", readings["launch"], "")
+    for name, what in _HOST.items():
+        add(what, "", readings["host"][name], "")
     row = readings["file"]
     how = "O_DIRECT" if row["direct"] else "through the page cache"
     add(f"file, {how}", f"{row['bytes'] / MIB:g} MiB", row, f"{row['gb_per_s']:.3g} GB/s")
@@ -214,6 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, nargs="+", default=list(base.tokens), help="of an expert")
     parser.add_argument("--hidden", type=int, default=base.hidden, help="hidden size of that expert")
     parser.add_argument("--width", type=int, default=base.width, help="its width")
+    parser.add_argument("--top-k", type=int, default=base.top_k, help="experts of a token")
     parser.add_argument("--file-mib", type=int, default=base.file_mib, help="size of the file that is read")
     parser.add_argument("--block-mib", type=int, default=base.block_mib, help="size of a read")
     parser.add_argument("--threads", type=int, default=base.threads, help="reads in flight")

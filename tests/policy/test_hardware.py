@@ -66,6 +66,10 @@ def test_disks_get_faster_from_class_to_class() -> None:
         ("tflops_share", 0, "hardware.tflops_share=0"),
         ("reserved_gb", 8, "leaves nothing of the 8 GB"),
         ("pageable_gb_per_s", 0, "hardware.pageable_gb_per_s=0"),
+        ("gathered_gb_per_s", 0, "hardware.gathered_gb_per_s=0"),
+        ("operation_us", -1, "hardware.operation_us=-1"),
+        ("readback_us", float("inf"), "hardware.readback_us=inf"),
+        ("kernel_us", None, "hardware.kernel_us=None"),
     ],
 )
 def test_nonsense_is_refused_in_one_sentence(name: str, value: Any, says: str) -> None:

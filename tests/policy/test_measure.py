@@ -138,6 +138,9 @@ def test_the_profile_is_made_of_the_readings(tmp_path: Path) -> None:
     assert found.tflops == max(row["tflops"] for row in readings["experts"])
     assert found.file_gb_per_s == readings["file"]["gb_per_s"]
     assert 0 < found.free_gb <= found.device_gb
+    assert found.operation_us == pytest.approx(readings["host"]["operation"]["ns"] * 1e-3, abs=1e-3)
+    assert found.gathered_gb_per_s == readings["gathered"]["gb_per_s"] > 0
+    assert (readings["gathered"]["top_k"], readings["expert"]["hidden"]) == (4, 64)
     assert readings["pinned"] == [], "there is nothing to pin for"
 
 
@@ -161,6 +164,7 @@ def test_the_command_writes_what_hardware_local_reads(
         (["--mib", "1"], "name two or more sizes"),
         (["--mib", "0", "1"], "sizes above 0"),
         (["--tokens", "0"], "numbers from 1"),
+        (["--top-k", "0"], "--top-k=0 is too small"),
         (["--repeats", "1"], "--repeats=1 is too small"),
         (["--file-mib", "0"], "--file-mib=0 is too small"),
         (["--device", "tpu"], "--device=tpu is not known"),

@@ -1,0 +1,193 @@
+"""Readings of what a decoded layer costs the host: operations, the router read back, slots sent over.
+
+Letters: K experts of a token, D hidden size, I width of an expert, S slots.
+
+A model whose host must know each layer's experts launches nothing ahead of the device: :func:`read_host`
+measures the parts of such a layer with tensors that are too small to keep a device busy, and
+:func:`read_gathered` how fast experts are multiplied that are first copied together (``batched_mm``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from specgate.moe.hosts import quiet_imports
+from specgate.policy.readings import MIB, Reading, timed, waiter
+
+#: Operations of one call of :class:`SmallLayer` that are not views, by its parts.
+DENSE_OPERATIONS, EXPERT_OPERATIONS = 5, 18
+COPY_MIB = 64  # of the copy that the host waits for: longer than anything else in a layer
+
+
+class SmallLayer:
+    """One token through a layer that is too small to keep a device busy.
+
+    The experts are those of transformers' gpt_oss, run as it decodes on a GPU (``batched_mm``), so that the
+    time between operations is in the reading too.
+
+    Args:
+        device: where it runs.
+        size: D and I.
+    """
+
+    def __init__(self, device: torch.device, size: int = 16) -> None:
+        quiet_imports()
+        from transformers import GptOssConfig
+        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+        K, S = 4, 8
+        sizes = {"num_local_experts": S, "num_experts_per_tok": K, "hidden_size": size}
+        config = GptOssConfig(**sizes, intermediate_size=size, num_hidden_layers=1)
+        config._experts_implementation = "batched_mm"
+        self.device = device
+        self._experts = GptOssExperts(config).to(device).requires_grad_(False)
+        for parameter in self._experts.parameters():
+            parameter.zero_()
+        self._table_LK = torch.zeros(8, K, dtype=torch.int64, device=device)
+        self._slots_1K = torch.zeros(1, K, dtype=torch.int64, device=device)
+        self._weights_1K = torch.zeros(1, K, device=device)
+        self._hidden_1D = torch.zeros(1, size, device=device)
+        self._dense_MD = torch.zeros(2 * size, size, device=device)
+
+    def _add(self, out_1D: Tensor) -> None:
+        self._hidden_1D = F.rms_norm(self._hidden_1D + out_1D, self._hidden_1D.shape[1:])
+
+    def dense(self) -> None:
+        """A matrix, and the sums and norms around it and the experts."""
+        self._add(F.linear(self._hidden_1D, self._dense_MD)[:, : self._hidden_1D.shape[1]])
+        self._add(self._hidden_1D)
+
+    def experts(self, slots_1K: Tensor | None = None) -> Tensor:
+        """Experts by index."""
+        chosen_1K = self._slots_1K if slots_1K is None else slots_1K
+        out: Tensor = self._experts(self._hidden_1D, chosen_1K, self._weights_1K)
+        return out
+
+    def read_back(self) -> list[int]:
+        """The router's choice, which the host waits for."""
+        chosen: list[int] = self._table_LK[3].tolist()
+        return chosen
+
+    def send(self, slots: list[int]) -> Tensor:
+        """Slots to the device; the host waits until they are there, and for all that came before."""
+        return torch.tensor([slots], device=self.device)
+
+
+def read_host(device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
+    """The host's time for the parts of a layer.
+
+    Returns:
+        Readings in nanoseconds (``ns``, ``low``, ``high``): ``operation``, one of many launched in a row;
+        ``layer``: all operations of one, with neither of the following; ``readback`` and ``upload``: how much
+        longer it takes if the router's choice is read back, and if slots are sent over; ``synchronous``:
+        a layer with both; ``copied``: the same if a copy to the device goes before, less that copy;
+        ``ahead``: as ``copied``, but the slots go over from pinned memory and the host waits for nothing.
+    """
+    layer, wait = SmallLayer(device), waiter(device)
+
+    def plain() -> None:
+        layer.dense()
+        layer.experts()
+
+    def reads() -> None:
+        plain()
+        layer.read_back()
+
+    def sends() -> None:
+        layer.dense()
+        layer.experts(layer.send([0, 1, 2, 3]))
+
+    def both() -> None:
+        layer.dense()
+        layer.experts(layer.send(layer.read_back()))
+
+    source = torch.ones(COPY_MIB * MIB, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.zeros_like(source, device=device)
+
+    def copies() -> None:
+        target.copy_(source, non_blocking=True)
+
+    def copied() -> None:
+        layer.dense()
+        slots = layer.read_back()
+        copies()
+        layer.experts(layer.send(slots))
+
+    staged_1K = torch.zeros(1, 4, dtype=torch.int64, pin_memory=device.type == "cuda")
+
+    def ahead() -> None:
+        layer.dense()
+        layer.read_back()
+        copies()
+        layer.experts(staged_1K.to(device, non_blocking=True))
+
+    with torch.inference_mode():
+        found = {f.__name__: timed(f, wait, repeats) for f in (plain, reads, sends, both)}
+        alone = timed(_and(copies, wait), wait, repeats)
+        after_copy = {f.__name__: timed(f, wait, repeats) for f in (copied, ahead)}
+    count = DENSE_OPERATIONS + EXPERT_OPERATIONS
+    base = found["plain"]
+    return {
+        "operation": Reading(base.ns / count, base.low / count, base.high / count).as_dict(),
+        "layer": base.as_dict(),
+        "readback": _less(found["reads"], base),
+        "upload": _less(found["sends"], base),
+        "synchronous": found["both"].as_dict(),
+    } | {name: _less(reading, alone) for name, reading in after_copy.items()}
+
+
+def _and(first: Callable[[], None], then: Callable[[], None]) -> Callable[[], None]:
+    def both() -> None:
+        first()
+        then()
+
+    return both
+
+
+def _less(whole: Reading, part: Reading) -> dict[str, float]:
+    """How much longer ``whole`` takes, 0 or more; lowest and highest by the extremes of ``whole``."""
+    return Reading(*(max(0.0, ns - part.ns) for ns in (whole.ns, whole.low, whole.high))).as_dict()
+
+
+def read_gathered(
+    top_k: int,
+    hidden: int,
+    width: int,
+    repeats: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, Any]:
+    """Experts of one token that are copied together and then multiplied: three passes over their bytes.
+
+    Shapes:
+        Slots ``[S, 3DI]`` of which ``[D, 2I]`` and ``[I, D]`` are views, as in an expert store; K of them in
+        turn, so that no cache holds them.
+
+    Returns:
+        A reading of the K experts (``ns``, ``low``, ``high``), ``top_k``, ``bytes`` read and written (3 K
+        experts), ``gb_per_s``.
+    """
+    K, weights = top_k, 3 * hidden * width
+    itemsize = torch.empty(0, dtype=dtype).element_size()
+    turns = max(2, min(4, 256 * MIB // (K * weights * itemsize)))
+    arena = torch.empty(turns * K, weights, dtype=dtype, device=device).fill_(0.01)
+    up_SDI = arena[:, : 2 * hidden * width].view(-1, hidden, 2 * width)
+    down_SID = arena[:, 2 * hidden * width :].view(-1, width, hidden)
+    slots = [torch.arange(t * K, (t + 1) * K, device=device) for t in range(turns)]
+    rows_KD = torch.ones(K, 1, hidden, dtype=dtype, device=device)
+    turn = iter(range(1 << 62))
+
+    def run() -> Tensor:
+        slots_K = slots[next(turn) % turns]
+        both_KI = torch.bmm(rows_KD, up_SDI[slots_K])
+        return torch.bmm(both_KI[..., :width], down_SID[slots_K])
+
+    with torch.inference_mode():
+        reading = timed(run, waiter(device), repeats)
+    moved = 3 * K * weights * itemsize
+    return {"top_k": K, "bytes": moved} | reading.as_dict() | {"gb_per_s": round(moved / reading.ns, 4)}
