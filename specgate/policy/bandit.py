@@ -78,6 +78,7 @@ class Bandit:
         prior: what an arm is expected to earn before it was tried; 1 is LRU's reward. More than any arm earns
             makes sure that each is tried.
         first_tokens: steps of a document that its features are taken from.
+        rounds: how often it goes through the documents that it learns from before it is judged.
         seed: of Thompson sampling.
 
     Raises:
@@ -94,6 +95,7 @@ class Bandit:
         ridge: float = 1.0,
         prior: float = 1.5,
         first_tokens: int = 8,
+        rounds: int = 3,
         seed: int = 0,
     ) -> None:
         if not candidates:
@@ -107,7 +109,9 @@ class Bandit:
         self.candidates = [dict(c) for c in candidates]
         self.policies: list[Policy] = [policy(**c) for c in self.candidates]
         self.explorer, self.explore, self.ridge = explorer, explore, ridge
-        self.prior, self.first_tokens, self.seed = prior, first_tokens, seed
+        if rounds < 1:
+            raise ConfigError(f"rounds={rounds} teach nothing; choose 1 or more.")
+        self.prior, self.first_tokens, self.rounds, self.seed = prior, first_tokens, rounds, seed
         self.reset()
 
     @property

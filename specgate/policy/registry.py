@@ -31,6 +31,8 @@ POLICIES = {
 }
 #: Chooses among policies, document by document; it has a configuration of its own and is no policy.
 SELECTION = "bandit"
+#: What learns in the simulator: not a reference, for it chooses among others or builds on the default.
+LEARNED = ("rl", SELECTION)
 #: Policies that know the future: they bound what any other can reach.
 ORACLES = ("known_tokens", "belady", "perfect_prefetch", "oracle")
 

@@ -22,6 +22,8 @@ from specgate.errors import ConfigError
 Int = NDArray[np.int64]
 Small = NDArray[np.int32]
 Float = NDArray[np.float32]
+NO_EXPERT = -1
+"""Of a token that a layer's capacity dropped."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +191,8 @@ def decoding(
     """Documents that are decoded token by token, one sequence at a time.
 
     Args:
-        documents: experts ``[T, L, K]`` of each token.
+        documents: experts ``[T, L, K]`` of each token; NO_EXPERT where it was dropped (a Switch layer's
+            capacity) and needs none.
         experts: E.
         chunk: tokens of a step: 1 decodes, more read a prompt in pieces.
 
@@ -209,7 +212,9 @@ def decoding(
         for piece_CLK in pieces:
             counts_LE = np.zeros((L, experts), dtype=np.int64)
             layer_CLK = np.broadcast_to(np.arange(L)[None, :, None], piece_CLK.shape)
-            np.add.at(counts_LE, (layer_CLK, piece_CLK.astype(np.int64)), 1)
+            needed_CLK = piece_CLK != NO_EXPERT
+            at = (layer_CLK[needed_CLK], piece_CLK[needed_CLK].astype(np.int64))
+            np.add.at(counts_LE, at, 1)
             used.append(counts_LE)
     of_S = np.repeat(np.arange(len(documents)), [len(p) for p in rows_DSCLK]).astype(np.int32)
     return _from_counts(np.stack(used), K, of_S, tuple(names))

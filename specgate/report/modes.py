@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from specgate.errors import ConfigError
+from specgate.policy.bandit import Bandit
 from specgate.policy.base import Policy
 from specgate.report.accuracy import AccuracySettings, compare
 from specgate.report.calibration import CalibrationSettings, examine
@@ -119,7 +120,7 @@ def simulate(
     policies = dict(policy_config(line) for line in settings.policies)
     hardware = {name: make(composed("hardware", name)) for name in settings.hardware}
     shape = instantiate(cfg.shape, _convert_="all")
-    return run_simulate(settings, policies, shape, hardware, traces, console)
+    return run_simulate(settings, policies, shape, hardware, traces, console, Path(cfg.paths.run))
 
 
 def plan(
@@ -130,14 +131,14 @@ def plan(
     return run_plan(PlanSettings(**values), make(cfg.shape), make(cfg.hardware), traces, console)
 
 
-def policy_config(line: str) -> tuple[str, Policy]:
+def policy_config(line: str) -> tuple[str, Policy | Bandit]:
     """``priced part=evict_only`` -> itself, and conf/policy's object so changed.
 
     Raises:
         ConfigError: if there is no such policy or option, or a value makes no sense.
     """
     name, *options = line.split()
-    made: Policy = make(composed("policy", name, *options))
+    made: Policy | Bandit = make(composed("policy", name, *options))
     return " ".join([name, *options]), made
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from specgate.errors import ConfigError
 from specgate.moe.families import MoELayer
 from specgate.moe.offload_plan import activation_bytes, kv_bytes
 from specgate.policy.roofline import Attention, ModelSizes
@@ -76,6 +77,21 @@ def footprint(
 def decoding_layers(shape: ModelShape) -> list[MoELayer]:
     """The MoE layers that run for every token that is generated."""
     return [layer for layer in shape.moe_layers if layer.stack == "decoder"]
+
+
+def check_decoding(sizes: ModelSizes, trace: str, layers: int, experts: int, top_k: int) -> None:
+    """Refuses a trace whose layers are not those of the model that decode.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    have, want = (layers, experts, top_k), (sizes.layers, sizes.experts, sizes.top_k)
+    if have != want:
+        raise ConfigError(
+            f"Trace {trace} routes {have[0]} layers, {have[2]} of {have[1]} experts, and shape {sizes.name} "
+            f"decodes with {want[0]} layers, {want[2]} of {want[1]}; choose the shape= that fits, or another "
+            "data=."
+        )
 
 
 def sizes_of(shape: ModelShape) -> ModelSizes:

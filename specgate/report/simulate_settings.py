@@ -23,6 +23,8 @@ class SimulateSettings:
         documents, tokens: of the split at most, and of each; None: all.
         fit_documents: of the training split, from which policies are fitted; None: all.
         warmup: validation documents that run first and do not count, for each sequence of a batch.
+        groupings: how often documents are dealt into batches larger than 1, each time anew.
+        agents: folder of trained agents to go on from and to add to; None: ``agents`` in the run's folder.
         host: share of the experts in host memory; the rest lies in the file.
 
     Raises:
@@ -41,6 +43,8 @@ class SimulateSettings:
     tokens: int | None = None
     fit_documents: int | None = None
     warmup: int = 1
+    groupings: int = 4
+    agents: str | None = None
     context: int = 1024
     runtime: str = "replay"
     piece_mib: float = 2.0
@@ -76,7 +80,13 @@ class SimulateSettings:
             raise ConfigError(
                 f"simulate.runtime={self.runtime} is unknown; choose one of {', '.join(RUNTIMES)}."
             )
-        for name, least in (("warmup", 0), ("context", 1), ("piece_mib", 0), ("forecast_us", 0)):
+        for name, least in (
+            ("warmup", 0),
+            ("groupings", 1),
+            ("context", 1),
+            ("piece_mib", 0),
+            ("forecast_us", 0),
+        ):
             value = getattr(self, name)
             if not math.isfinite(value) or value < least:
                 raise ConfigError(f"simulate.{name}={value} makes no sense; write {least} or more.")

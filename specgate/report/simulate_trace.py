@@ -16,7 +16,7 @@ from torch import Tensor
 
 from specgate.calibration.load import check_compatible
 from specgate.errors import ConfigError
-from specgate.policy.workload import Forecasts, Workload, decoding
+from specgate.policy.workload import NO_EXPERT, Forecasts, Workload, decoding
 from specgate.predictors.base import Predictor
 from specgate.report.replay_trace import SPLITS
 from specgate.traces.batch import INVALID
@@ -34,7 +34,9 @@ WINDOWS = 16
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of scored tokens: experts ``[T, L, K]`` and, by name of the foresight, sparse forecasts."""
+    """A stretch of scored tokens: experts ``[T, L, K]`` (NO_EXPERT where a token was dropped) and, by name of
+    the foresight, sparse forecasts.
+    """
 
     experts_TLK: NDArray[np.int64]
     forecasts: dict[str, Forecasts]
@@ -116,7 +118,10 @@ def read_windows(
                 p_TPHE = torch.where(known_PH[..., None], p_BTPHE[b, keep_T].clamp(0, 1), 0.0).nan_to_num(0.0)
                 flat_PHE = p_TPHE.reshape(-1, *p_TPHE.shape[2:]).numpy()
                 forecasts[name] = Forecasts.from_dense(flat_PHE, LEAST)
-            yield Part(batch.experts_BTLK[b, keep_T].numpy(), forecasts)
+            experts_TLK = batch.experts_BTLK[b, keep_T]
+            if batch.dropped_BTL is not None:  # over the capacity of its expert: no expert is run
+                experts_TLK = experts_TLK.masked_fill(batch.dropped_BTL[b, keep_T, :, None], NO_EXPERT)
+            yield Part(experts_TLK.numpy(), forecasts)
         tick(len(some))
 
 

@@ -257,6 +257,7 @@ def test_it_is_published(record: dict[str, Any], trace: Path, checkpoint: Path, 
              "residency": [0.25], "resamples": 100, "device": "cpu"}
         )  # fmt: skip
         settings.checkpoints = [str(checkpoint)]
+        settings.paths.run = str(tmp_path / "run")
         OmegaConf.resolve(settings.simulate)
         found = run_mode("simulate", settings, {"tiny": data_of(trace)}, None, Console(quiet=True))
     path = Run("benchmark.py").write(tmp_path / "run", **found)
