@@ -20,20 +20,25 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from specgate.calibration.load import load_predictor
 from specgate.errors import CheckpointError, ConfigError, StoreError
-from specgate.moe.families import moe_layers
+from specgate.moe.families import MoELayer, moe_layers, router_tensors
 from specgate.moe.hosts import fingerprint, quiet_imports, resolve_device
 from specgate.moe.offload_experts import ExpertRunner
-from specgate.moe.offload_slots import Store
 from specgate.moe.offload_forecast import Forecaster, Foresees, check_predictor, stack_of, window_bytes
 from specgate.moe.offload_load import BUILDING, Blueprint, checkpoint_folder, draw, load_dense
 from specgate.moe.offload_plan import GB, OffloadPlan, dense_bytes, make_plan
+from specgate.moe.offload_slots import Store
 from specgate.moe.offload_speculate import KernelForecaster
+from specgate.moe.offload_state import Offloaded, not_whole, stays
 from specgate.moe.offload_verify import CheckpointExperts, verify_model
+from specgate.policy.priced import Priced
+from specgate.policy.reuse import Reuse
+from specgate.policy.reuse_online import ReuseCounter
 from specgate.predictors.base import Predictor
+from specgate.predictors.router_lookahead import RouterLookahead
 from specgate.predictors.speculation import SpeculationParts, speculation_parts
 from specgate.runtime import native
 from specgate.runtime.layout import BlockLayout
@@ -45,43 +50,14 @@ from specgate.runtime.store import ExpertStore, StoreSettings
 
 FORECASTS = ("auto", "kernel", "torch")
 STORES = ("auto", "native", "simple")
+PRICED = Priced()
+ROUTERS = "router_lookahead"
+"""The predictor that needs no training: the model's own routers."""
+LEAST = 2.0**-6
+"""Forecasts below this probability are not worth a look, where a price decides."""
 SPARE = 0.9  # share of the free memory that is taken when no budget is named
 
 AnyPredictor = str | Path | Predictor
-
-
-class Offloaded:
-    """What is to be known of an offloaded model while it runs: ``model.specgate``.
-
-    Attributes:
-        plan: where the memory goes; print it.
-        store: that lends the experts.
-        forecaster: that asks the predictors, or None.
-        verified: with ``verify``, per MoE layer the largest relative difference from the resident layer.
-    """
-
-    def __init__(self, plan: OffloadPlan, store: Store) -> None:
-        self.plan, self.store = plan, store
-        self.forecaster: Forecaster | KernelForecaster | None = None
-        self.verified: list[float] | None = None
-        self._last: dict[str, Any] | None = None
-
-    def stats(self) -> dict[str, Any]:
-        """The store's counters, and how often predictors were asked; after the block, as they were then."""
-        if self._last is not None:
-            return dict(self._last)
-        found = dict(self.store.stats())
-        if self.forecaster is not None:
-            found |= {"forecasts": self.forecaster.asked, "ignored": self.forecaster.ignored}
-        return found
-
-    def timeline(self) -> list[Any]:
-        """Transfers as events of the Chrome trace format."""
-        return self.store.timeline()
-
-    def close(self) -> None:
-        """Keeps the counters for later."""
-        self._last = self.stats()
 
 
 class Offload:
@@ -123,12 +99,16 @@ class Offload:
             runner = ExpertRunner(store, [layer.experts for layer in layers])
             stack.callback(runner.close)
             resident = self.plan.resident and runner.load_all()
+            for predictor in self._predictors:
+                _give_routers(predictor, layers)
+            if not resident and self._options["eviction"] == "priced":
+                _know_reuse(runner, store, self.plan, self._options["reuse"])
             if self._predictors and not resident:
                 state.forecaster = self._forecaster(model, runner)
                 runner.observer = state.forecaster.routed
                 stack.enter_context(state.forecaster)
             model.specgate = state
-            for name, refusal in (("_apply", _stays(model)), ("save_pretrained", _not_whole)):
+            for name, refusal in (("_apply", stays(model)), ("save_pretrained", not_whole)):
                 setattr(model, name, refusal)
                 stack.callback(model.__dict__.pop, name)
             if self._options["verify"]:
@@ -150,7 +130,13 @@ class Offload:
             return SimpleStore(source, plan.slots, self._device, options["eviction"], options["poison"])
         # On the CPU host memory is the device's, which the budget bounds: the page cache is the host tier.
         paged = self._device.type == "cpu" and plan.host is None
-        settings = StoreSettings(eviction=options["eviction"], poison=options["poison"], direct=not paged)
+        direct = options["direct"] if options["direct"] is not None else not paged
+        settings = StoreSettings(
+            eviction=options["eviction"],
+            poison=options["poison"],
+            direct=direct,
+            price_scale=PRICED.price_scale if options["eviction"] == "priced" else None,
+        )
         return ExpertStore(source, plan.slots, 0 if paged else plan.host, self._device, settings)
 
     def _forecaster(self, model: nn.Module, runner: ExpertRunner) -> Forecaster | KernelForecaster:
@@ -186,16 +172,18 @@ def offload(
     dtype: str | torch.dtype = "auto",
     host_gb: float | None = None,
     packed: str | Path | None = None,
-    eviction: str = "lru",
+    eviction: str = "auto",
+    reuse: Reuse | None = None,
     experts_implementation: str | None = None,
     verify: bool = False,
     revision: str | None = None,
     batch_size: int = 1,
     context: int | None = None,
-    threshold: float = 0.2,
+    threshold: float | None = None,
     history: int = 128,
     forecasts: str = "auto",
     store: str = "auto",
+    direct: bool | None = None,
     poison: bool = False,
 ) -> Offload:
     """Plans a model that keeps its experts outside the device; entering the result loads it.
@@ -205,25 +193,31 @@ def offload(
         budget_gb: device memory in GB (10^9 bytes) for everything: dense weights, KV cache, activations and
             experts. None takes nine tenths of what is free.
         predictor: a checkpoint, a run's directory or a :class:`Predictor`, or several for other stacks and
-            phases; it speaks in the phase that it was trained for. None: a plain cache of experts.
+            phases; it speaks in the phase that it was trained for. ``router_lookahead`` asks the next layers'
+            own routers, which needs no training. None: a plain cache of experts.
         device: ``auto`` (the GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``.
         dtype: ``auto`` is the model's own.
         host_gb: host memory for experts; None is half of what is free beside a GPU, and none beside the CPU,
             where the system's page cache does as well.
         packed: a file written by ``python -m specgate.runtime.pack``; None reads the model's own files.
-        eviction: which expert goes when room is needed: ``lru``, ``lfu``, ``lfru``, ``static``, ``forecast``.
+        eviction: which expert goes when room is needed: ``lru``, ``lfu``, ``lfru``, ``static``, ``forecast``,
+            or ``priced``, which also decides by price what is fetched ahead (:mod:`specgate.policy.priced`).
+            ``auto`` is ``priced`` with a predictor and ``lru`` without.
+        reuse: what ``priced`` knows of reuse; None fits it to the experts that the model uses as it runs.
         experts_implementation: ``eager``, ``batched_mm``, ``grouped_mm``; None is transformers' choice.
         verify: compare every MoE layer with the resident one on a few tokens before anything else runs.
         revision: branch, tag or commit on the hub.
         batch_size, context: sequences and tokens of each that memory is set aside for (context None: 2048, or
             what the model can).
-        threshold: experts that are less probable are not fetched ahead.
+        threshold: experts that are less probable are not fetched ahead. None: 0.2; with ``priced``, which
+            weighs each of them, 2^-6; with ``router_lookahead``, whose probabilities are not calibrated, 0.5.
         history: tokens that a predictor looks back at most.
         forecasts: ``kernel`` (one launch per layer, nothing is waited for; ``router_lookahead``, ``mlp`` and
             ``router_residual`` while decoding, with the native store), ``torch`` (any predictor), or
             ``auto``, the kernel where it runs the predictor.
         store: ``native`` (the compiled core), ``simple`` (plain torch: nothing moves in the background), or
             ``auto``, the native one where it is built for the device.
+        direct: read past the system's page cache; None: beside a GPU.
         poison: fill free slots with NaN (for tests).
 
     A backward pass is refused; :func:`torch.compile` leaves the experts out of its graphs, and so does not
@@ -239,9 +233,9 @@ def offload(
     target = resolve_device(device)
     if forecasts not in FORECASTS:
         raise ConfigError(f"forecasts={forecasts!r} is not known; choose one of {', '.join(FORECASTS)}.")
-    if eviction not in POLICIES:
+    if eviction not in (*POLICIES, "auto"):
         raise ConfigError(f"eviction={eviction!r} is not known; choose one of {', '.join(POLICIES)}.")
-    if not 0 <= threshold <= 1:
+    if threshold is not None and not 0 <= threshold <= 1:
         raise ConfigError(f"threshold={threshold} is no probability; write a number from 0 to 1.")
     if history < 1:
         raise ConfigError(f"history={history} leaves a predictor nothing to look at; write 1 or more.")
@@ -267,12 +261,17 @@ def offload(
         itemsize=blueprint.dtype.itemsize,
         dtype=str(blueprint.dtype).removeprefix("torch."),
     )
+    if eviction == "auto":
+        eviction = "priced" if predictors else "lru"
+    kind = _store_kind(store, target)
     options = {
-        "store": _store_kind(store, target),
+        "store": kind,
         "eviction": eviction,
+        "reuse": reuse,
+        "direct": direct,
         "verify": verify,
         "poison": poison,
-        "threshold": threshold,
+        "threshold": _threshold(predictors, eviction, kind) if threshold is None else threshold,
         "forecasts": forecasts,
         "history": history,
     }
@@ -302,7 +301,7 @@ def _predictors(given: AnyPredictor | Sequence[AnyPredictor] | None, blueprint: 
     if given is None:
         return []
     several = [given] if isinstance(given, str | Path | Predictor) else list(given)
-    found = [one if isinstance(one, Predictor) else load_predictor(one) for one in several]
+    found = [_predictor(one, blueprint) for one in several]
     places: set[tuple[str, str]] = set()
     stacks = list(dict.fromkeys(layer.stack for layer in blueprint.layers))
     for one in found:
@@ -313,6 +312,56 @@ def _predictors(given: AnyPredictor | Sequence[AnyPredictor] | None, blueprint: 
             raise ConfigError(f"Two predictors are for the {stack}'s {one.phase}; name one.")
         places.add((stack, one.phase))
     return found
+
+
+def _predictor(given: AnyPredictor, blueprint: Blueprint) -> Predictor:
+    if isinstance(given, Predictor):
+        return given
+    if given != ROUTERS or Path(given).exists():
+        return load_predictor(given)
+    layers = [layer for layer in blueprint.layers if layer.stack != "encoder"]
+    config = blueprint.config
+    made = RouterLookahead(
+        layers=len(layers),
+        experts=layers[0].num_experts,
+        top_k=layers[0].top_k,
+        vocab_size=int(config.vocab_size),
+        phase="decode",
+        hidden_size=int(config.hidden_size),
+        lookahead=min(2, len(layers)),
+        norm_eps=layers[0].rule.norm_eps,
+        rows=1,
+    )
+    made.say_nothing_of_the_rest()
+    return made
+
+
+def _give_routers(predictor: Predictor, layers: Sequence[MoELayer]) -> None:
+    """The loaded model's routers, to the predictor that asks them and has none."""
+    if isinstance(predictor, RouterLookahead) and not bool(predictor.host.known):
+        stack = stack_of(predictor, [layer.stack for layer in layers])
+        predictor.host.fill({x.index: router_tensors(x) for x in layers if x.stack == stack})
+
+
+def _threshold(predictors: Sequence[Predictor], eviction: str, store: str) -> float:
+    """From which probability on experts are fetched ahead, unless the user says so."""
+    if any(isinstance(one, RouterLookahead) and not bool(one.host.known) for one in predictors):
+        return 0.5
+    return LEAST if eviction == "priced" and store == "native" else 0.2
+
+
+def _know_reuse(runner: ExpertRunner, store: Store, plan: OffloadPlan, reuse: Reuse | None) -> None:
+    """Tells a store how experts are used again: as given, or as they are used from now on."""
+    if not isinstance(store, ExpertStore):
+        return
+    share = 1.0 if PRICED.discount is None else PRICED.discount ** (1 / plan.layers)
+
+    def tell(found: Reuse) -> None:
+        store.set_reuse(found.half_life, share, found.intercept, found.slope)
+
+    tell(reuse or Reuse(half_life=64.0, intercept=0.0, slope=1.0, discount=share, nll=0.0))
+    if reuse is None:
+        runner.counter = ReuseCounter(plan.layers, plan.experts, plan.top_k, plan.slots, tell)
 
 
 def _kernel_parts(predictors: Sequence[Predictor], store: Store) -> SpeculationParts:
@@ -345,23 +394,3 @@ def _free(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     return float(psutil.virtual_memory().available)
-
-
-def _stays(model: nn.Module) -> Any:
-    """``Module._apply`` of a model that must not be moved or cast: what changes nothing is let through."""
-
-    def refuse(change: Any, recurse: bool = True) -> nn.Module:
-        first = next(model.parameters())
-        probe: Tensor = change(first.new_empty(0))
-        if (probe.device, probe.dtype) != (first.device, first.dtype):
-            raise ConfigError(
-                f"An offloaded model stays on {first.device} in {first.dtype}; name device= and dtype= in "
-                "specgate.offload."
-            )
-        return model
-
-    return refuse
-
-
-def _not_whole(*args: Any, **kwargs: Any) -> None:
-    raise ConfigError("An offloaded model has no experts to save; copy the directory that it came from.")

@@ -210,15 +210,15 @@ class ExpertRunner:
                 self.store.prefetch(layer, expert, 1.0, host=True)
 
     def _acquire_in_order(self, layer: int, experts: list[int]) -> list[int]:
-        """Slots in the order of the experts. Those that pass through host memory take one when they are copied,
-        in whatever order the disk gives them, unless they are asked for one by one.
+        """Slots in the order of the experts. Those that pass through host memory take one when they are
+        copied, in whatever order the disk gives them, unless they are asked for one by one.
         """
         if not self._hosted(len(experts)):
             return self.store.acquire(layer, experts)
         return [slot for expert in experts for slot in self.store.acquire(layer, [expert])]
 
     def prefetch(self, layer: int, wanted: Sequence[tuple[int, float]], horizon: int) -> None:
-        """Experts (with their probabilities) that may be needed ``horizon`` MoE layers after the last call."""
+        """Experts (and probabilities) that may be needed ``horizon`` MoE layers after the last call."""
         with self._lock:
             due, every = self.clock + horizon, getattr(self.store, "prefetch_all", None)
             if every is not None:
@@ -309,7 +309,7 @@ class ExpertRunner:
         routing: Tensor,
         weights: Tensor,
     ) -> Tensor:
-        """A decoded token: :meth:`_run_by_index` in one wave, with little to do before kernels are launched."""
+        """A decoded token: :meth:`_run_by_index` in one wave, with little to do before the kernels."""
         layer, store = module.layer, self.store
         slots = store.acquire(layer, experts)
         try:

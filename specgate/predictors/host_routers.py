@@ -59,9 +59,14 @@ class HostRouters(nn.Module):
         self.corrects = False  # corrected_L.any(), kept here so that asking does not wait for the device
         self.register_load_state_dict_post_hook(HostRouters._loaded)
         if routers is not None:
-            self._fill(routers)
+            self.fill(routers)
 
-    def _fill(self, routers: Mapping[int, Mapping[str, Tensor]]) -> None:
+    def fill(self, routers: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Takes the routers, as the constructor does.
+
+        Raises:
+            ConfigError: if they do not fit the stack.
+        """
         L, E, D = self.weight_LED.shape
         if sorted(routers) != list(range(L)):
             raise ConfigError(

@@ -58,6 +58,13 @@ class RouterLookahead(TokenTable):
                 f"{self.name} needs the host's routers and the trace has none: choose model=mlp"
             )
 
+    def say_nothing_of_the_rest(self) -> None:
+        """Where the routers cannot be asked, every expert gets the least probability, not popularity: for a
+        host of which there is no trace."""
+        self.row_V.zero_()
+        self.counts_RCE.zero_()
+        self.seen_RC.fill_(1e9)
+
     def forward(self, batch: RoutingBatch) -> Tensor:
         self.check_batch(batch)
         scores_BTPHE = points(self.router_scores(batch))

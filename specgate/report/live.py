@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from specgate.moe.hosts import resolve_device
 from specgate.report.live_models import dtype_of, forget, make_offload, opened, quiet, read_prompts, save_wide
 from specgate.report.live_rows import make_rows
 from specgate.report.live_run import Generated, Watched, generate
-from specgate.report.live_settings import WIDE, Budget, LiveSettings, budgets
+from specgate.report.live_settings import WAYS, WIDE, Budget, LiveSettings, budgets
 from specgate.report.meters import NO_ENERGY, EnergyCounter, Meter
 from specgate.report.partial import Partial
 from specgate.report.replay import progress
 from specgate.report.replay_shape import ModelShape
 from specgate.report.spans import Span, hidden, outside, overlap, total, transfers, write_chrome
+from specgate.report.style import slug
 
 
 class Live:
@@ -92,14 +93,15 @@ class Live:
         }
 
     def _budgets(self) -> list[Budget]:
-        def planned(predicts: bool) -> Any:
-            return make_offload(
-                self.model, self.settings, self.device, self.dtype, None, predicts, False
-            ).plan
+        def planned(name: str) -> Any:
+            way = replace(WAYS[name], host=False)
+            return make_offload(self.model, self.settings, self.device, self.dtype, None, way).plan
 
-        self.plan = planned(False)
-        predicted = planned(True) if self.settings.checkpoints else None
-        found = budgets(self.settings, self.plan, predicted, self.name)
+        self.plan = planned("offload")
+        predicted = planned("offload_predictor") if self.settings.checkpoints else None
+        routers = any(WAYS[name].routers for name in self.settings.variants)
+        routed = planned("offload:lru_routers") if routers else None
+        found = budgets(self.settings, self.plan, predicted, self.name, routed)
         if not found:
             raise ConfigError("All of live.variants need a predictor; name its run in checkpoints=[...].")
         return found
@@ -202,7 +204,7 @@ class Live:
         }
         lanes = {lane: spans for lane, spans in lanes.items() if spans}
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = write_chrome(self.folder / f"timeline-{budget.name}-{budget.residency:g}.json", lanes)
+        path = write_chrome(self.folder / f"timeline-{slug(budget.name)}-{budget.residency:g}.json", lanes)
         return {
             "seconds": total(windows) * 1e-9,
             "wait": overlap(watch.waits, windows) * 1e-9,

@@ -20,10 +20,10 @@ from torch import Tensor
 from specgate.errors import ConfigError
 from specgate.moe.families import moe_layers
 from specgate.moe.hosts import REFERENCE, load_host, quiet_imports, resolve_model
-from specgate.moe.offload import offload
+from specgate.moe.offload import ROUTERS, offload
 from specgate.moe.offload_plan import GB
 from specgate.moe.text import bundled_documents
-from specgate.report.live_settings import Budget, LiveSettings
+from specgate.report.live_settings import Budget, LiveSettings, Way
 from specgate.report.replay_shape import ModelShape
 from specgate.runtime.layout import aligned
 from specgate.runtime.store_settings import PAGE
@@ -146,7 +146,7 @@ def opened(
         if way.kind == "resident":
             yield _as_transformers_loads(model, dtype, str(device))
         elif way.kind == "offload":
-            with make_offload(model, settings, device, dtype, budget.gb, way.predicts, way.host) as offloaded:
+            with make_offload(model, settings, device, dtype, budget.gb, way) as offloaded:
                 warm = getattr(offloaded.specgate.store, "warm", None)
                 if way.host and warm is not None:
                     warm(host=True)
@@ -169,32 +169,36 @@ def make_offload(
     device: torch.device,
     dtype: str,
     gb: float | None,
-    predicts: bool,
-    host: bool = True,
+    way: Way,
 ) -> Any:
     """``specgate.offload`` with the settings; planned, not entered.
 
     Args:
         gb: budget; None: what is free, for a plan alone.
-        host: all experts in host memory, or none.
+        way: which of them: predictor, eviction, and whether all experts are in host memory, or none.
     """
+    eviction = way.eviction or settings.eviction
+    predictor: Any = ROUTERS if way.routers else list(settings.checkpoints) if way.predicts else None
+    own = way.routers or eviction == "priced"
 
     def planned(host_gb: float | None) -> Any:
         return offload(
             model,
             gb,
-            list(settings.checkpoints) if predicts else None,
+            predictor,
             device=str(device),
             dtype=dtype,
             host_gb=host_gb,
             packed=settings.packed,
-            eviction=settings.eviction,
+            eviction=eviction,
             context=settings.prompt_tokens + settings.new_tokens,
-            threshold=settings.threshold,
+            threshold=None if own else settings.threshold,
+            # All in host memory: each opening reads the whole file, which the page cache may hold.
+            direct=False if way.host else None,
         )
 
     made = planned(0.0)
-    if not host:
+    if not way.host:
         return made
     slabs = made.plan.blocks * aligned(made.plan.block, PAGE)
     return planned((slabs + 1) / GB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,48 @@ def speed_table(rows: Sequence[Row], title: str) -> Table:
         *[f"{row['variant']}: {row['about']}." for row in {r["variant"]: r for r in rows}.values()],
     ]
     return table
+
+
+def ranking_table(rows: Sequence[Row], title: str) -> Table:
+    """The policies of specgate.offload at each budget, fastest first."""
+    table = Table(
+        title,
+        ["slots %", "variant", "tokens/s", "low to high", "× LRU", "hit %", "MB copied", "MB wasted",
+         "stall %", "J/token"],
+        left=2,
+    )  # fmt: skip
+    shares = sorted({row["residency"] for row in rows})
+    for share in shares:
+        mine = [row for row in rows if row["residency"] == share]
+        table.sections.add(len(table.rows))
+        for row in sorted(mine, key=lambda r: -r["tokens_per_second"]):
+            copied = (row["demand_bytes"] + row["prefetch_bytes"]) * 1e-6
+            table.rows.append(
+                [
+                    share_of(row),
+                    row["variant"],
+                    figures(row["tokens_per_second"]),
+                    f"{figures(row['tokens_per_second_low'])} to {figures(row['tokens_per_second_high'])}",
+                    number(row["against_lru"], 2),
+                    percent(row["hit_rate"]),
+                    figures(copied),
+                    figures(row["wasted_bytes"] * 1e-6),
+                    percent(row["stall_share"]),
+                    number(row["joules_per_token"], 2),
+                ]
+            )
+    table.notes = [
+        "Fastest first at each budget; × LRU: median over the rounds of the ratio to the cache that evicts "
+        "by LRU at the same budget. MB and joules: per generated token, the prompts included."
+    ]
+    return table
+
+
+def ranked(rows: Sequence[Row]) -> list[Row]:
+    """Rows of budgets at which several policies ran."""
+    mine = [row for row in rows if row["budgeted"] and row["hit_rate"] is not None]
+    counts = Counter(row["residency"] for row in mine)
+    return [row for row in mine if counts[row["residency"]] > 1]
 
 
 def prefill_table(rows: Sequence[Row], title: str) -> Table:
@@ -168,6 +211,8 @@ def tables_of(record: Mapping[str, Any]) -> list[Table]:
     offloaded = [row for row in rows if row["hit_rate"] is not None]
     if offloaded:
         tables.append(bytes_table(offloaded, f"Bytes per generated token (prompts included): {name}"))
+    if several := ranked(rows):
+        tables.insert(1, ranking_table(several, f"Policies by speed: {name}"))
     return [*tables, memory_table(rows, f"Memory and energy: {name}")]
 
 

@@ -40,6 +40,8 @@ def make_rows(live: Live, measured: Measured) -> tuple[list[dict[str, Any]], lis
         for base in BASES:
             against = next((v for k, v in speeds.items() if k.startswith(f"{base}@")), None)
             row[f"against_{base}"] = None if against is None else ratio(speeds[budget.key], against)
+        lru = next((k for k in lru_of(live) if k.endswith(f"@{budget.residency:g}")), None)
+        row["against_lru"] = ratio(speeds[budget.key], speeds[lru]) if lru and budget.budgeted else None
         row |= requests(rounds) | shares(watched, row["tokens_per_second"], resident) | memory(rounds) | same
         rows.append(row)
         if watched["timeline"]:
@@ -48,6 +50,12 @@ def make_rows(live: Live, measured: Measured) -> tuple[list[dict[str, Any]], lis
                 | {key: watched[key] for key in ("file", "timeline")}
             )
     return rows, timelines
+
+
+def lru_of(live: Live) -> list[str]:
+    """Keys of the plain caches in which the least recently used expert goes."""
+    names = ["offload:lru", *(["offload"] if live.settings.eviction == "lru" else [])]
+    return [f"{b.name}@{b.residency:g}" for name in names for b in live.budgets if b.name == name]
 
 
 def reference_of(budgets: Sequence[Budget]) -> Budget:

@@ -21,9 +21,11 @@ class Way:
     Attributes:
         about: in words.
         kind: ``resident``, ``offload``, ``accelerate_cpu`` or ``accelerate_disk``.
-        predicts: whether a predictor fetches ahead.
+        predicts: whether the predictors of ``checkpoints`` foresee.
         slots: ``residency`` (a share of all experts), ``event`` (as few as one token needs) or ``all``.
         host: whether all experts lie in host memory, rather than in the file alone.
+        eviction: of the cache; None: the settings'.
+        routers: whether the next layers' own routers foresee, which need no training.
     """
 
     about: str
@@ -31,6 +33,8 @@ class Way:
     predicts: bool = False
     slots: str = "residency"
     host: bool = True
+    eviction: str | None = None
+    routers: bool = False
 
 
 WAYS: dict[str, Way] = {
@@ -41,11 +45,52 @@ WAYS: dict[str, Way] = {
     "offload": Way("specgate.offload, a cache of experts", "offload"),
     "offload_predictor": Way("specgate.offload, a predictor fetches ahead", "offload", predicts=True),
     "offload_file": Way("specgate.offload, no experts in host memory: from the file", "offload", host=False),
+    "offload:lru": Way("specgate.offload, the least recently used expert goes", "offload", eviction="lru"),
+    "offload:lfu": Way("specgate.offload, the least frequently used expert goes", "offload", eviction="lfu"),
+    "offload:lfru": Way("specgate.offload, the least used expert of late goes", "offload", eviction="lfru"),
+    "offload:lru_forecast": Way(
+        "specgate.offload, a predictor fetches ahead, the least recently used expert goes",
+        "offload",
+        predicts=True,
+        eviction="lru",
+    ),
+    "offload:forecast": Way(
+        "specgate.offload, a predictor fetches ahead and says which expert goes",
+        "offload",
+        predicts=True,
+        eviction="forecast",
+    ),
+    "offload:priced": Way(
+        "specgate.offload as it is by default: a predictor's forecasts and what was used of late decide by "
+        "price what is fetched ahead and what goes",
+        "offload",
+        predicts=True,
+        eviction="priced",
+    ),
+    "offload:reuse": Way(
+        "specgate.offload, the price without a predictor: what was used of late decides what goes",
+        "offload",
+        eviction="priced",
+    ),
+    "offload:lru_routers": Way(
+        "specgate.offload, the next layers' own routers fetch ahead, the least recently used expert goes",
+        "offload",
+        eviction="lru",
+        routers=True,
+    ),
+    "offload:priced_routers": Way(
+        "specgate.offload, the price with the next layers' own routers as predictor",
+        "offload",
+        eviction="priced",
+        routers=True,
+    ),
     "accelerate_cpu": Way(
         "accelerate.cpu_offload: every module's weights when it runs", "accelerate_cpu", slots="all"
     ),
     "accelerate_disk": Way("accelerate.disk_offload: the same from a disk", "accelerate_disk", slots="all"),
 }
+PLAIN = tuple(name for name in WAYS if ":" not in name)
+"""Those that are compared unless others are named."""
 
 
 @dataclass
@@ -59,7 +104,8 @@ class LiveSettings:
         residency: shares of all experts that have a slot.
         checkpoints: predictors of the model's routing, one per stack and phase; without, variants that need
             one are left out.
-        threshold: experts less probable are not fetched ahead. eviction: of the cache.
+        threshold: experts less probable are not fetched ahead; where a price decides, and for routers,
+            ``specgate.offload`` knows a better one. eviction: of the cache, where the variant names none.
         packed: a file of ``python -m specgate.runtime.pack``, for its codec; None: the model's own files.
         domains: of the bundled text; None: those that the reference models have read.
         prompts, prompt_tokens, new_tokens: how many prompts, how long, and how much is generated after each.
@@ -71,7 +117,7 @@ class LiveSettings:
     """
 
     model: str = "olmoe_ref"
-    variants: Sequence[str] = tuple(WAYS)
+    variants: Sequence[str] = PLAIN
     residency: Sequence[float] = (0.125, 0.25, 0.5, 1.0)
     checkpoints: Sequence[str] = ()
     threshold: float = 0.2
@@ -141,21 +187,29 @@ class Budget:
 
 
 def budgets(
-    settings: LiveSettings, plan: OffloadPlan, predicted: OffloadPlan | None, model: str
+    settings: LiveSettings,
+    plan: OffloadPlan,
+    predicted: OffloadPlan | None,
+    model: str,
+    routed: OffloadPlan | None = None,
 ) -> list[Budget]:
     """Every variant with every budget that it knows.
 
     Args:
-        plan: of the model without a predictor. predicted: with it, None if there is none.
+        plan: of the model without a predictor. predicted: with it, None if there is none. routed: with the
+            model's own routers as one, None if no variant wants them.
 
     Raises:
         BudgetError: if a residency holds fewer experts than one token needs.
     """
     count, least = plan.blocks, plan.least_slots
+    caches = [n for n in settings.variants if WAYS[n].kind == "offload" and WAYS[n].slots == "residency"]
+    plain = [n for n in caches if WAYS[n].host and not WAYS[n].predicts and not WAYS[n].routers]
+    whole = next(iter(plain), None)
     found = []
     for name in settings.variants:
         way = WAYS[name]
-        mine = predicted if way.predicts else plan
+        mine = predicted if way.predicts else routed if way.routers else plan
         if mine is None:
             continue
         if way.slots == "all":
@@ -170,6 +224,6 @@ def budgets(
                         f"live.residency={share:g} holds {slots} of the {count} experts of {model} and "
                         f"one token needs {least}; the least is {math.ceil(1e4 * least / count) / 1e4:g}."
                     )
-                if slots < count or (way.host and not way.predicts):  # all resident: the same as offload
+                if slots < count or name == whole:  # all resident: the others would be the same
                     found.append(Budget(name, float(share), slots, mine.budget_for(slots)))
     return found

@@ -20,9 +20,10 @@ from specgate.moe.offload_plan import OffloadPlan
 from specgate.report import live_models
 from specgate.report.live import Live, live
 from specgate.report.live_models import opened, read_prompts, save_wide
+from specgate.report.live_page import tables_of
 from specgate.report.live_rows import check
 from specgate.report.live_run import Watched, generate
-from specgate.report.live_settings import WAYS, Budget, LiveSettings, budgets
+from specgate.report.live_settings import PLAIN, WAYS, Budget, LiveSettings, budgets
 from specgate.report.modes import run_mode
 from specgate.report.publish import publish
 from specgate.report.record import Run, read_record, write_json
@@ -35,7 +36,7 @@ from tests.test_configs import CONF
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native core is not built")
 CPU = torch.device("cpu")
-NAMES = list(WAYS)
+NAMES = list(PLAIN)
 
 
 def quick(model: Path | str, **changes: Any) -> LiveSettings:
@@ -74,7 +75,7 @@ def record(
 def plan_of(path: Path) -> OffloadPlan:
     """Of the model without a budget."""
     found: OffloadPlan = live_models.make_offload(
-        str(path), quick(path), CPU, "float32", None, False, False
+        str(path), quick(path), CPU, "float32", None, replace(WAYS["offload"], host=False)
     ).plan
     return found
 
@@ -118,6 +119,44 @@ def test_bytes_are_by_kind(record: dict[str, Any]) -> None:
     assert rows["offload", 1.0]["hit_rate"] is None, "resident: the store is not asked"
     assert quarter["stall_share"] > 0
     assert rows["resident", 1.0]["stall_share"] == 0
+
+
+def test_policies_are_ranked_in_one_run(
+    tiny_olmoe: Path, tiny_traces: dict[str, Path], tmp_path: Path
+) -> None:
+    data = RoutingDataModule(tiny_traces["olmoe_decode"], phase="decode", use_hidden=False)
+    checkpoint = save_predictor(data, tmp_path / "predictor.ckpt")
+    policies = [name for name in WAYS if ":" in name]
+    settings = quick(
+        tiny_olmoe,
+        variants=["resident", *policies],
+        checkpoints=[str(checkpoint)],
+        residency=[0.25, 1.0],
+        new_tokens=40,
+        prompt_tokens=4,
+    )
+    found = live(settings, shape(), tmp_path)
+    rows = {(row["variant"], row["residency"]): row for row in found["rows"]}
+    assert set(rows) == {
+        ("resident", 1.0),
+        ("offload:lru", 1.0),
+        *((name, 0.25) for name in policies),
+    }
+    assert all(row["logits_equal"] for row in rows.values()), "a policy changes no value"
+    for name in policies:
+        row = rows[name, 0.25]
+        assert row["slots"] == 8
+        assert row["demand_bytes"] > 0
+        assert row["against_lru"] > 0
+        foresees = WAYS[name].predicts or WAYS[name].routers
+        assert (row["prefetch_bytes"] > 0) or not foresees or WAYS[name].eviction == "priced", name
+        assert foresees or row["prefetch_bytes"] == 0, name
+    assert rows["offload:lru", 0.25]["against_lru"] == 1.0
+    assert rows["resident", 1.0]["against_lru"] is None
+    (ranking,) = [table for table in tables_of(found) if table.title.startswith("Policies by speed")]
+    speeds = [rows[row[1], 0.25]["tokens_per_second"] for row in ranking.rows]
+    assert len(speeds) == len(policies)
+    assert speeds == sorted(speeds, reverse=True)
 
 
 def test_generation_is_what_transformers_generates(tiny_olmoe: Path) -> None:
