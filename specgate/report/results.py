@@ -21,7 +21,13 @@ from specgate.report.quantized_page import is_quantized, quantized_section, slim
 from specgate.report.record import describe_hardware, read_record, write_json
 from specgate.report.replay_page import is_replay, replay_section, slim_replay
 from specgate.report.running import is_running, running_section, slim_running
-from specgate.report.simulate_page import is_simulation, simulation_section, slim_simulation
+from specgate.report.simulate_page import (
+    draw_regrets,
+    is_simulation,
+    regret_picture,
+    simulation_section,
+    slim_simulation,
+)
 from specgate.report.simulator_page import (
     is_simulator_speed,
     simulator_speed_section,
@@ -132,7 +138,8 @@ def _section(name: str, record: Mapping[str, Any]) -> list[str]:
         return zoo.section(name, record)
     for is_it, _, section in OTHERS:
         if is_it(record):
-            return [f"## {name}", "", *_origin(record), "", *section(record), ""]
+            picture = regret_picture(name, record)
+            return [f"## {name}", "", *_origin(record), "", *section(record), *picture, ""]
     rows, load = scored_rows(record), record.get("load", {})
     split = record.get("split", "test")
     parts = [f"## {name}" + ("" if split == "test" else f" ({split} split)"), "", *_origin(record), ""]
@@ -184,6 +191,7 @@ def make(out: Path, runs: Sequence[str] = (), name: str | None = None) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(markdown(records), encoding="utf-8")
     zoo.draw_all(records, out.parent / "images")
+    draw_regrets(records, out.parent / "images")
     return out
 
 

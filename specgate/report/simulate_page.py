@@ -9,10 +9,19 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from specgate.policy.registry import ORACLES
 from specgate.report.canvas import panels, tidy
 from specgate.report.offload_page import section, write_page
 from specgate.report.replay_page import figures
+from specgate.report.simulate_learned_page import (
+    against_table,
+    agents_line,
+    bandit_table,
+    cell_title,
+    draw_regret,
+    has_bandit,
+    is_oracle,
+    seeds_table,
+)
 from specgate.report.style import Look, Row, slug
 from specgate.report.tables import Table, percent
 
@@ -25,7 +34,22 @@ CAPTION = (
     "Tokens per second over the share of the experts that have a slot on the device, on logarithmic axes. "
     "Stars: what one reaches who knows the future."
 )
-KEPT = ("rows", "traces", "shape", "simulate", "hardware_profiles", "mode", "split", "skipped")
+REGRET = (
+    "What choosing gave up against the best arm of each document, summed over documents in their order: "
+    "bandits (black) and always the same arm."
+)
+KEPT = (
+    "rows",
+    "traces",
+    "shape",
+    "simulate",
+    "hardware_profiles",
+    "mode",
+    "split",
+    "skipped",
+    "agents",
+    "choices",
+)
 COLORS = ("#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDAA33", "#CC6677", "#882255", "#AA4499",
           "#661100", "#6699CC", "#EE7733", "#0077BB", "#8a8a8a")  # fmt: skip
 MARKERS = "osD^v<>pPhX*d"
@@ -46,6 +70,8 @@ def slim_simulation(record: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a record in docs/results."""
     kept = {key: record[key] for key in KEPT if key in record}
     kept["rows"] = [{k: v for k, v in row.items() if k != "rules"} for row in record["rows"]]
+    if "agents" in kept:
+        kept["agents"] = [{k: v for k, v in agent.items() if k != "curve"} for agent in record["agents"]]
     return kept
 
 
@@ -65,14 +91,14 @@ def policies_of(rows: Sequence[Row]) -> list[str]:
 
     def rank(name: str) -> tuple[bool, float]:
         mine = [row["tokens_per_second"] for row in rows if row["policy"] == name]
-        return name in ORACLES, sum(mine) / len(mine)
+        return is_oracle(name), sum(mine) / len(mine)
 
     return sorted(names, key=rank)
 
 
 def title_of(cell: tuple[str, int]) -> str:
     """A machine and batch in words."""
-    return cell[0] if cell[1] == 1 else f"{cell[0]}, batches of {cell[1]}"
+    return cell_title({"hardware": cell[0], "batch": cell[1]})
 
 
 def speed_table(rows: Sequence[Row], cell: tuple[str, int]) -> Table:
@@ -86,13 +112,13 @@ def speed_table(rows: Sequence[Row], cell: tuple[str, int]) -> Table:
     )
     best = {
         share: max(
-            (r["tokens_per_second"] for r in mine if r["residency"] == share and r["policy"] not in ORACLES),
+            (r["tokens_per_second"] for r in mine if r["residency"] == share and not is_oracle(r["policy"])),
             default=None,
         )
         for share in shares
     }
     for name in policies_of(mine):
-        if name in ORACLES and not table.sections:
+        if is_oracle(name) and not table.sections:
             table.sections.add(len(table.rows))
         texts = []
         for share in shares:
@@ -106,8 +132,13 @@ def speed_table(rows: Sequence[Row], cell: tuple[str, int]) -> Table:
             texts.append(f"**{text}**" if speed == best[share] else text)
         table.rows.append([name, *texts])
     resident = next(iter(mine))
+    scored = f"{resident['documents']} documents scored"
+    if cell[1] > 1:
+        scored += (
+            f", dealt into {resident['groups']} batches; the intervals know which of these share documents"
+        )
     table.notes = [
-        f"{resident['documents']} scored, {resident['tokens']:,} tokens. With all experts on the device: "
+        f"{scored}; {resident['tokens']:,} tokens. With all experts on the device: "
         f"{figures(resident['tokens_per_second'] / resident['against_resident'])} tokens/s. Bold: the best "
         "that knows no future; below the line those that do."
     ]
@@ -148,6 +179,9 @@ def bytes_table(rows: Sequence[Row], cell: tuple[str, int], share: float) -> Tab
         ["policy", "hit %", "late %", "MB demanded", "MB ahead", "MB wasted", "stall ms", "link busy %"],
         left=1,
     )
+    approximate = any(row.get("low_rate") for row in mine)
+    if approximate:
+        table.columns.insert(3, "approximate %")
     by_name = {row["policy"]: row for row in mine}
     for name in policies_of(mine):
         row = by_name[name]
@@ -156,6 +190,7 @@ def bytes_table(rows: Sequence[Row], cell: tuple[str, int], share: float) -> Tab
                 name,
                 percent(row["hit_rate"]),
                 percent(row["late_rate"]),
+                *([percent(row["low_rate"])] if approximate else []),
                 *[figures(row[f"{x}_bytes"] * 1e-6) for x in ("demand", "prefetch", "wasted")],
                 figures(row["stall_ms_per_token"]),
                 percent(row["link_share"]),
@@ -164,6 +199,7 @@ def bytes_table(rows: Sequence[Row], cell: tuple[str, int], share: float) -> Tab
     table.notes = [
         "Per token. Hit: on the device when it is asked for; late: on its way. Wasted: fetched ahead and "
         "evicted unused."
+        + (" Approximate: a smaller copy was used, which changes values." if approximate else "")
     ]
     return table
 
@@ -173,7 +209,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     lines = []
     compared = [row for row in rows if row["policy"] == "priced" and row.get("against_best") is not None]
     if compared:
-        behind = [row for row in compared if row["against_best_high"] < 1]
+        behind = [row for row in compared if (row["against_best_high"] or 1.0) < 1]
         worst = min(compared, key=lambda row: row["against_best"])
         lines.append(
             f"priced against the fastest reference policy of each cell: {worst['against_best']:.2f} to "
@@ -208,10 +244,31 @@ def about(record: Mapping[str, Any]) -> list[str]:
         f"token, {s['block_bytes'] * 1e-6:.3g} MB each with codec {s['codec']}; "
         f"a context of {s['context']} tokens, "
         f"launches of runtime {s['runtime']}; a forecast's copy is {chunk}.",
-        f"Forecasts: {s['predictor'] or 'none'}, known {s['forecast_us']:g} µs after the router's choice.",
+        f"Forecasts: {_foresight(s)}, known {s['forecast_us']:g} µs after the router's choice.",
     ]
-    lines += [f"{left['policy']} is left out: {left['reason']}." for left in record.get("skipped", [])]
-    return lines + verdicts(record["rows"])
+    if record.get("agents"):
+        lines.append(agents_line(record["agents"]))
+    return lines + left_out(record.get("skipped", [])) + verdicts(record["rows"])
+
+
+def left_out(skipped: Sequence[Mapping[str, str]]) -> list[str]:
+    """What could not run, and why; a policy that several cells left out in one sentence."""
+    reasons: dict[str, list[tuple[str, str]]] = {}
+    for left in skipped:
+        name, _, where = left["policy"].partition(" (")
+        reasons.setdefault(name, []).append((where.rstrip(")"), left["reason"]))
+    lines = []
+    for name, found in reasons.items():
+        places = "; ".join(where for where, _ in found if where)
+        lines.append(f"{name} is left out{f' ({places})' if places else ''}: {found[0][1]}.")
+    return lines
+
+
+def _foresight(settings: Mapping[str, Any]) -> str:
+    if not settings["predictor"]:
+        return "none"
+    ahead = settings.get("lookahead")
+    return f"{settings['predictor']}" + (f", {ahead} MoE layers ahead" if ahead else "")
 
 
 def tables_of(record: Mapping[str, Any]) -> list[Table]:
@@ -222,9 +279,12 @@ def tables_of(record: Mapping[str, Any]) -> list[Table]:
         out.append(speed_table(rows, cell))
         gains = gain_table(rows, cell)
         out += [gains] if gains is not None else []
+        for more in (against_table, seeds_table):
+            table = more(of_cell(rows, cell))
+            out += [table] if table is not None else []
         shares = sorted({row["residency"] for row in of_cell(rows, cell)})
         out.append(bytes_table(rows, cell, 0.25 if 0.25 in shares else shares[len(shares) // 2]))
-    return out
+    return [*out, bandit_table(record["choices"])] if has_bandit(record) else out
 
 
 def look_of(name: str, names: Sequence[str]) -> Look:
@@ -286,6 +346,10 @@ def publish_simulation(record: Mapping[str, Any], directory: Path, console: Cons
     name = slug("-".join([record["traces"][0]["name"], "policies"]))
     draw(record["rows"]).savefig(plots / f"{name}.png", metadata={"Software": None})
     pictures = [(plots / f"{name}.png", CAPTION)]
+    if has_bandit(record):
+        regret = plots / f"{slug(record['traces'][0]['name'] + '-regret')}.png"
+        draw_regret(record["choices"]).savefig(regret, metadata={"Software": None})
+        pictures.append((regret, REGRET))
     return write_page(
         record, directory, console, TITLE, INTRODUCTION, about(record), tables_of(record), pictures
     )
@@ -294,3 +358,18 @@ def publish_simulation(record: Mapping[str, Any], directory: Path, console: Cons
 def simulation_section(record: Mapping[str, Any]) -> list[str]:
     """Markdown of a record, without heading and origin."""
     return section(INTRODUCTION, about(record), tables_of(record))
+
+
+def draw_regrets(records: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """The pictures of regret that :func:`regret_picture` names."""
+    for name, record in records.items():
+        if is_simulation(record) and has_bandit(record):
+            folder.mkdir(parents=True, exist_ok=True)
+            draw_regret(record["choices"]).savefig(folder / f"{name}-regret.png", metadata={"Software": None})
+
+
+def regret_picture(name: str, record: Mapping[str, Any]) -> list[str]:
+    """Markdown that shows a record's picture of regret, if it has one."""
+    if not (is_simulation(record) and has_bandit(record)):
+        return []
+    return [f"![{REGRET}](images/{name}-regret.png)", "", REGRET, ""]
