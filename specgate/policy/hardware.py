@@ -51,6 +51,7 @@ class Hardware:
         host_gb, host_gb_per_s: host memory and its bandwidth.
         file_gb_per_s, file_latency_us: reading the folder of the expert file, several reads in flight.
         file: what kind of disk that is.
+        ahead: whether the host goes on while the device works; a CPU is both.
         kernel_us: the host's time to launch one kernel from Python.
         operation_us: the host's time for one operation of a model's layer, of many in a row; None: unknown,
             ``kernel_us`` stands for it.
@@ -88,6 +89,7 @@ class Hardware:
     upload_us: float | None = None
     gathered_gb_per_s: float | None = None
     file: str = "disk"
+    ahead: bool = True
     measured: bool = False
     readings: Mapping[str, Any] = field(default_factory=dict)
 

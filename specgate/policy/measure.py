@@ -175,6 +175,7 @@ def measure(plan: Plan, progress: Progress | None = None) -> Hardware:
         readback_us=round(host["readback"]["ns"] * 1e-3, 4),
         upload_us=round(host["upload"]["ns"] * 1e-3, 4),
         gathered_gb_per_s=gathered["gb_per_s"],
+        ahead=device.type == "cuda",
         measured=True,
         source=f"measured on {device_name(device)}; medians of {plan.repeats} readings",
         readings={

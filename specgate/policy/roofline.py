@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from specgate.errors import ConfigError
 from specgate.policy.costs import Costs
 from specgate.policy.hardware import Hardware
+from specgate.policy.launches import Ends, Work, answered_at_once, waited_for
 from specgate.policy.workload import Workload
 
 Nanoseconds = NDArray[np.float64]
@@ -106,6 +107,8 @@ class Runtime:
             (``batched_mm``): three passes over an expert's bytes for every token that it serves, instead of
             one for all of them (``grouped_mm``).
         event_us: the host's work around each event: indices, acquire, release.
+        waits: whether the host must know each router's choice before it goes on, and sends slots to the
+            device; what that costs is in a measured profile (:mod:`specgate.policy.launches`).
     """
 
     name: str
@@ -114,14 +117,16 @@ class Runtime:
     step_launches: int
     gathers: bool
     event_us: float
+    waits: bool = False
 
 
-#: Counted in transformers 5.23 by the operations of one decoded token that are not views: 41 to 68 per layer
-#: outside of the experts, 9 to 18 in them; event_us as measured in docs/RESULTS.md (the store's paths).
+#: Operations of one decoded token that are not views. Counted in transformers 5.23: 41 to 68 per layer
+#: outside of the experts, 9 to 18 in them. Those of ``replay`` are of gpt_oss; a test counts them. event_us is what
+#: docs/RESULTS.md has (the store's paths).
 RUNTIMES = {
-    "transformers": Runtime("transformers", 55, 10, 50, True, 25.0),
-    "grouped": Runtime("grouped", 55, 10, 50, False, 25.0),
-    "replay": Runtime("replay", 6, 10, 6, True, 25.0),
+    "transformers": Runtime("transformers", 55, 10, 50, True, 25.0, waits=True),
+    "grouped": Runtime("grouped", 55, 10, 50, False, 25.0, waits=True),
+    "replay": Runtime("replay", 5, 18, 3, True, 25.0, waits=True),
     "fused": Runtime("fused", 4, 2, 4, False, 2.0),
 }
 
@@ -182,7 +187,7 @@ def roofline(
     check(sizes, workload, context)
     L, S = workload.layers, workload.steps
     bandwidth, speed = hardware.memory_bytes_per_ns, hardware.operations_per_ns
-    launch = hardware.kernel_us * 1e3
+    launch = hardware.operation_ns if runtime.waits else hardware.kernel_us * 1e3
     tokens_S = step_tokens(workload)
     caches_S = tokens_S if sequences is None else np.minimum(tokens_S, sequences)
 
@@ -204,30 +209,48 @@ def roofline(
         memory_SL[:, stretch], compute_SL[:, stretch] = dense(stretch, sizes.stretch_parameters[stretch])
         launches_SL[:, stretch] = runtime.dense_launches * _blocks(sizes, stretch)
     last_memory_S, last_compute_S = dense(L, sizes.step_parameters)
-    device_SL = np.maximum(memory_SL, compute_SL)
-    by_memory_SL = memory_SL >= compute_SL
-    if L:
-        device_SL[:, 0] += np.maximum(last_memory_S, last_compute_S)
-        launches_SL[:, 0] += runtime.step_launches + runtime.dense_launches * (
-            _blocks(sizes, L) if any(a.stretch == L for a in sizes.attentions) else 0
-        )
+    last = runtime.step_launches + runtime.dense_launches * (
+        _blocks(sizes, L) if any(a.stretch == L for a in sizes.attentions) else 0
+    )
+    experts_N, by_memory_N = _experts(sizes, workload, hardware, runtime)
+    work = Work(
+        dense_N=np.maximum(memory_SL, compute_SL).reshape(-1),
+        launches_N=launches_SL.reshape(-1) * launch,
+        experts_N=experts_N,
+        launch_experts=runtime.expert_launches * launch,
+        head_S=np.maximum(last_memory_S, last_compute_S),
+        launch_head=last * launch,
+        operation=launch,
+        layers=L,
+    )
+    ends = _ends(work, hardware, runtime)
 
-    exec_N, exec_bound = _experts(sizes, workload, hardware, runtime)
-    pre_device_N, launches_N = device_SL.reshape(-1), launches_SL.reshape(-1)
-    # The host launches ahead of the device, but not beyond a router, whose choice it must read.
-    before_N = np.concatenate([np.zeros(min(1, len(exec_N))), exec_N[:-1]])
-    experts_N = np.full(len(exec_N), float(runtime.expert_launches))
-    experts_N[:1] = 0.0
-    waited_N = np.maximum(0.0, (launches_N + experts_N) * launch - before_N)
-    pre_N = np.maximum(pre_device_N, waited_N)
-
-    dense_bound = np.where(waited_N > pre_device_N, 2, np.where(by_memory_SL.reshape(-1), 0, 1))
-    host = len(exec_N) * runtime.event_us * 1e3
-    total = float(pre_N.sum() + exec_N.sum()) + host
-    spent = [float(pre_N[dense_bound == kind].sum() + exec_N[exec_bound == kind].sum()) for kind in range(3)]
+    dense_bound = np.where(ends.late_pre_N, 2, np.where((memory_SL >= compute_SL).reshape(-1), 0, 1))
+    exec_bound = np.where(ends.late_exec_N, 2, np.where(by_memory_N, 0, 1))
+    event_host = len(ends.exec_N) * runtime.event_us * 1e3
+    host = event_host + float(ends.host_N.sum())
+    total = float(ends.pre_N.sum() + ends.exec_N.sum()) + event_host
+    uploads = (hardware.upload_us or 0.0) * 1e3 if _waits(hardware, runtime) else 0.0
+    own_pre_N, own_exec_N = ends.pre_N - (ends.host_N - uploads), ends.exec_N - uploads
+    spent = [
+        float(own_pre_N[dense_bound == kind].sum() + own_exec_N[exec_bound == kind].sum())
+        for kind in range(3)
+    ]
     names = ("memory", "compute", "launches", "host")
     shares = {n: v / total if total else 0.0 for n, v in zip(names, [*spent, host], strict=True)}
-    return Roofline(pre_N, exec_N, shares)
+    return Roofline(ends.pre_N, ends.exec_N, shares)
+
+
+def _waits(hardware: Hardware, runtime: Runtime) -> bool:
+    """Whether what the host waits for is known."""
+    return runtime.waits and hardware.readback_us is not None
+
+
+def _ends(work: Work, hardware: Hardware, runtime: Runtime) -> Ends:
+    if not _waits(hardware, runtime):
+        return answered_at_once(work)
+    readback, upload = 1e3 * (hardware.readback_us or 0.0), 1e3 * (hardware.upload_us or 0.0)
+    return waited_for(work, readback, upload, hardware.ahead)
 
 
 def _blocks(sizes: ModelSizes, stretch: int) -> int:
@@ -237,11 +260,12 @@ def _blocks(sizes: ModelSizes, stretch: int) -> int:
 
 def _experts(
     sizes: ModelSizes, workload: Workload, hardware: Hardware, runtime: Runtime
-) -> tuple[Nanoseconds, NDArray[np.int64]]:
-    """Nanoseconds of each event's experts, and what bounds them: 0 memory, 1 arithmetic, 2 launches."""
+) -> tuple[Nanoseconds, NDArray[np.bool_]]:
+    """Device nanoseconds of each event's experts, and whether memory bounds them."""
     tokens_M = workload.tokens_M.astype(np.float64)
     passes_M = 3.0 * tokens_M if runtime.gathers else np.ones_like(tokens_M)
-    memory_M = passes_M * (sizes.slot_bytes / hardware.memory_bytes_per_ns)
+    bandwidth = hardware.gathered_bytes_per_ns if runtime.gathers else hardware.memory_bytes_per_ns
+    memory_M = passes_M * (sizes.slot_bytes / bandwidth)
     compute_M = tokens_M * (2.0 * sizes.expert_parameters / hardware.operations_per_ns)
     event_M = np.repeat(np.arange(workload.events), np.diff(workload.event_start_N1))
 
@@ -250,9 +274,7 @@ def _experts(
 
     device_N = per_event(np.maximum(memory_M, compute_M))
     by_memory_N = per_event(np.where(memory_M >= compute_M, memory_M, 0.0)) * 2 >= device_N
-    launched = runtime.expert_launches * hardware.kernel_us * 1e3
-    bound_N = np.where(device_N < launched, 2, np.where(by_memory_N, 0, 1))
-    return np.maximum(device_N, launched), bound_N.astype(np.int64)
+    return device_N, np.asarray(by_memory_N, dtype=np.bool_)
 
 
 def costs_of(

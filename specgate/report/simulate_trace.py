@@ -138,7 +138,7 @@ def assemble(parts: Sequence[Part], experts: int, name: str, tokens: int | None)
     out = {"none": plain}
     for foresight in parts[0].forecasts if parts else ():
         whole = _concatenate([part.forecasts[foresight] for part in parts])
-        out[foresight] = plain.with_forecasts(_within(whole, plain))
+        out[foresight] = plain.with_forecasts(within(whole, plain))
     return out
 
 
@@ -199,7 +199,7 @@ def _concatenate(parts: Sequence[Forecasts]) -> Forecasts:
     )
 
 
-def _within(forecasts: Forecasts, workload: Workload) -> Forecasts:
+def within(forecasts: Forecasts, workload: Workload) -> Forecasts:
     """Those of the workload's points that are about an event of it."""
     L = workload.layers
     start_P1 = forecasts.start_P1[: workload.points + 1]

@@ -16,7 +16,7 @@ from specgate.policy.readings_layer import (
     read_gathered,
     read_host,
 )
-from tests.policy.operations import operations_of
+from specgate.policy.operations import operations_of
 
 CPU = torch.device("cpu")
 

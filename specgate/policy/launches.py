@@ -1,0 +1,110 @@
+"""When each event's parts end, given what the host launches and what the device must do.
+
+Letters: L MoE layers, N events, S steps. Times are nanoseconds.
+
+The host launches operations ahead of the device, one after the other, but waits where it must know something:
+the router's choice, and the next token. How far ahead it gets decides whether the device waits for the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Nanoseconds = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What a workload asks of host and device.
+
+    Attributes:
+        dense_N: device time of the stretch before each router. launches_N: the host's time to launch it.
+        experts_N: device time of each event's experts. launch_experts: the host's time to launch them.
+        head_S: device time of the head of the step before. launch_head: the host's time to launch it.
+        operation: the host's time for one operation: the device can begin when the first is launched.
+        layers: L.
+    """
+
+    dense_N: Nanoseconds
+    launches_N: Nanoseconds
+    experts_N: Nanoseconds
+    launch_experts: float
+    head_S: Nanoseconds
+    launch_head: float
+    operation: float
+    layers: int
+
+    @property
+    def first_N(self) -> NDArray[np.bool_]:
+        """Whether an event is the first of its step."""
+        return np.arange(len(self.dense_N)) % max(self.layers, 1) == 0
+
+
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """What follows.
+
+    Attributes:
+        pre_N, exec_N: as in :class:`specgate.policy.costs.Costs`.
+        host_N: of their sum, in which the host waits for an answer or sends something over.
+        late_pre_N, late_exec_N: whether launches bound the rest, not the device.
+    """
+
+    pre_N: Nanoseconds
+    exec_N: Nanoseconds
+    host_N: Nanoseconds
+    late_pre_N: NDArray[np.bool_]
+    late_exec_N: NDArray[np.bool_]
+
+
+def answered_at_once(work: Work) -> Ends:
+    """Waiting for the router costs nothing of its own: all that a vendor's figures tell."""
+    dense_N, launches_N = work.dense_N.copy(), work.launches_N.copy()
+    dense_N[work.first_N] += work.head_S
+    launches_N[work.first_N] += work.launch_head
+    exec_N = np.maximum(work.experts_N, work.launch_experts)
+    before_N = np.concatenate([np.zeros(min(1, len(exec_N))), exec_N[:-1]])
+    launched_N = np.full(len(exec_N), float(work.launch_experts))
+    launched_N[:1] = 0.0
+    waited_N = np.maximum(0.0, launches_N + launched_N - before_N)
+    return Ends(
+        np.maximum(dense_N, waited_N),
+        exec_N,
+        np.zeros(len(exec_N)),
+        waited_N > dense_N,
+        work.experts_N < work.launch_experts,
+    )
+
+
+def waited_for(work: Work, readback: float, upload: float, ahead: bool) -> Ends:
+    """The host reads each router's choice, and sends the slots of the experts over once they are there.
+
+    Args:
+        readback: from the end of what is waited for until the host goes on.
+        upload: from then until the first of the experts' operations can be launched.
+        ahead: whether the host goes on while the device works; a CPU is both.
+    """
+    E, o = work.launch_experts, work.operation
+    if not ahead:
+        exec_N = work.experts_N + E
+        pre_N = work.dense_N + work.launches_N
+        pre_N[work.first_N] += work.head_S + work.launch_head
+        late_pre_N, late_exec_N = pre_N > 2 * work.dense_N, work.experts_N < E
+    else:
+        exec_N = np.maximum(E, o + work.experts_N)
+        late_exec_N = exec_N <= E
+        before_N = np.concatenate([np.full(min(1, len(exec_N)), E), exec_N[:-1]])
+        after_N = before_N - E  # the device works on when the host has launched the experts before
+        begin_N = np.maximum(after_N, o)
+        pre_N = np.maximum(work.launches_N, begin_N + work.dense_N) - after_N
+        late_pre_N = work.launches_N > begin_N + work.dense_N
+        first_N = work.first_N
+        head_N = np.maximum(work.launch_head, begin_N[first_N] + work.head_S) - after_N[first_N]
+        pre_N[first_N] = head_N + np.maximum(work.launches_N[first_N], o + work.dense_N[first_N])
+        late_pre_N[first_N] = work.launches_N[first_N] > o + work.dense_N[first_N]
+    host_N = np.full(len(exec_N), readback + upload)
+    host_N[work.first_N] += readback  # of the token before
+    return Ends(pre_N + host_N - upload, exec_N + upload, host_N, late_pre_N, late_exec_N)
