@@ -24,7 +24,7 @@ from torch import Tensor
 from specgate.errors import ConfigError
 from specgate.moe.offload_kernels import MAX_GROUPS, Face
 from specgate.report.replay_shape import ModelShape
-from specgate.report.replay_trace import Document, Plan
+from specgate.report.replay_trace import Asked, Document, asked_of
 from specgate.report.spans import Marks, Span
 from specgate.runtime.store import ExpertStore
 
@@ -119,7 +119,9 @@ class SlotExperts:
 
     def __call__(self, hidden_1D: Tensor, slots_1K: Tensor, weights_1K: Tensor) -> Tensor:
         """The weighted sum of the experts' outputs, ``[1, D]``."""
-        self._module.config._experts_implementation = self._kernels
+        config = self._module.config
+        if config._experts_implementation != self._kernels:  # to set it takes longer than to look
+            config._experts_implementation = self._kernels
         out: Tensor = type(self._module).forward(self._face, hidden_1D, slots_1K, weights_1K)
         return out
 
@@ -195,7 +197,9 @@ class Runner:
         if self._table_LE is not None:
             layers_L1 = torch.arange(experts_TLK.shape[1], device=self._device)[:, None]
             experts_TLK = self._table_LE[layers_L1, experts_TLK]
-        plan = None if self.foresight is None else document.plans[self.foresight]
+        plan = None
+        if self.foresight is not None:
+            plan = asked_of(document.plans[self.foresight], self.store.experts)
         seconds = []
         with torch.inference_mode():
             for t in range(len(document)):
@@ -216,12 +220,12 @@ class Runner:
         t: int,
         experts_TLK: Tensor,
         weights_TLK: Tensor,
-        plan: Plan | None,
+        plan: list[list[Asked | None]] | None,
         probe: Probe | None,
     ) -> None:
         store, body, cuda = self.store, self.body, self._device.type == "cuda"
         if plan is not None:
-            self._ask(plan, t, 0)
+            self._ask(plan[t][0])
         for layer in range(store.layers):
             began = probe.mark() if probe else None
             body.attend(layer)
@@ -234,12 +238,12 @@ class Runner:
             slots = store.acquire(layer, chosen)
             there = probe.mark() if probe else None
             try:
-                if plan is not None:
-                    self._ask(plan, t, layer + 1)
                 slots_1K = torch.tensor([slots], device=self._device)
                 ready = probe.mark() if probe else None
                 body.add(self.experts(body.hidden_1D, slots_1K, weights_TLK[t, layer : layer + 1]))
                 computed = probe.mark() if probe else None
+                if plan is not None:  # while the device computes
+                    self._ask(plan[t][layer + 1])
             finally:
                 store.release(layer, chosen)
             if probe:
@@ -259,6 +263,7 @@ class Runner:
                 probe.add("dense", began, attended)
                 probe.add("experts", attended, probe.mark())
 
-    def _ask(self, plan: Plan, t: int, point: int) -> None:
-        for layer, horizon, wanted in plan[t][point]:
-            self.store.prefetch_all(layer, wanted, self.clock + horizon)
+    def _ask(self, asked: Asked | None) -> None:
+        if asked is not None:
+            blocks_N, p_N, horizons_N = asked
+            self.store.prefetch_many(blocks_N, p_N, self.clock + horizons_N)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from specgate.calibration.load import check_compatible
@@ -26,6 +27,8 @@ SPLITS = ("test", "validation", "train")
 Wanted = list[tuple[int, int, list[tuple[int, float]]]]
 #: ``plan[t][p]``.
 Plan = list[list[Wanted]]
+#: The same of one point as a store takes it: blocks (layer * E + expert), their p, calls until each is due.
+Asked = tuple[NDArray[np.uint32], NDArray[np.float64], NDArray[np.int64]]
 
 
 @dataclass
@@ -115,6 +118,19 @@ def forecast_plan(p_TPHE: Tensor, threshold: float) -> Plan:
     for (t, p, h), wanted in found.items():  # in ascending order of t, p, h
         plan[t][p].append(((p + h) % layers, h + 1, sorted(wanted, key=lambda pair: -pair[1])))
     return plan
+
+
+def asked_of(plan: Plan, experts: int) -> list[list[Asked | None]]:
+    """A plan in arrays, point by point in the same order; None where nothing is asked for."""
+
+    def one(wanted: Wanted) -> Asked | None:
+        flat = [(layer * experts + e, p, h) for layer, h, pairs in wanted for e, p in pairs]
+        if not flat:
+            return None
+        blocks, ps, horizons = zip(*flat, strict=True)
+        return np.array(blocks, np.uint32), np.array(ps, np.float64), np.array(horizons, np.int64)
+
+    return [[one(wanted) for wanted in points] for points in plan]
 
 
 def oracle_plan(document: Document, horizons: int) -> Plan:

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,3 +80,22 @@ def test_many_at_once(store):
     store.prefetch_all(2, [(1, 0.5), (3, 0.9)])
     store.drain()
     assert [store.state(2, e)[0] for e in range(4)] == ["ABSENT", "PRESENT", "ABSENT", "PRESENT"]
+
+
+def test_many_of_several_layers_at_once(store):
+    store.prefetch_many(
+        np.array([2 * E + 1, 3 * E], np.uint32), np.array([0.5, 0.9]), np.array([9, 9], np.int64)
+    )
+    store.drain()
+    assert [store.state(layer, e)[0] for layer, e in [(2, 1), (2, 3), (3, 0)]] == [
+        "PRESENT",
+        "ABSENT",
+        "PRESENT",
+    ]
+
+
+def test_many_that_do_not_fit_together_are_refused(store):
+    with pytest.raises(ConfigError, match="must be of one length: there are 2, 1 and 2"):
+        store.prefetch_many(np.zeros(2, np.uint32), np.ones(1), np.ones(2, np.int64))
+    with pytest.raises(ConfigError, match="Block 1000000 is not one of"):
+        store.prefetch_many(np.array([10**6], np.uint32), np.ones(1), np.ones(1, np.int64))

@@ -25,6 +25,8 @@ namespace {
 
 constexpr int kSliceMs = 50;  // between two looks at Python's signals
 
+template <typename T>
+using Column = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using SegmentTuple = std::tuple<int, uint64_t, uint64_t, uint64_t>;
 using BlockTuple = std::tuple<uint32_t, std::vector<SegmentTuple>, std::optional<uint32_t>, uint64_t>;
 using FaultTuple = std::tuple<uint64_t, int, uint64_t>;  // offset, errno, limit
@@ -230,6 +232,24 @@ void bind_store(nb::module_& m) {
             self.prefetch_all(all);
           },
           "foreknown"_a)
+      .def(
+          "prefetch_many",
+          [](Store& self, const Column<uint32_t>& blocks, const Column<double>& p, const Column<int64_t>& deadlines) {
+            if (p.size() != blocks.size() || deadlines.size() != blocks.size()) {
+              throw StoreFailure(StoreFailure::Kind::Config,
+                                 "blocks, p and deadlines of forecasts must be of one length: there are " +
+                                     std::to_string(blocks.size()) + ", " + std::to_string(p.size()) + " and " +
+                                     std::to_string(deadlines.size()));
+            }
+            std::vector<Foreknown> all;
+            all.reserve(blocks.size());
+            for (size_t i = 0; i < blocks.size(); ++i) {
+              all.push_back({blocks(i), p(i), deadlines(i), Target::Device});
+            }
+            const nb::gil_scoped_release free;
+            self.prefetch_all(all);
+          },
+          "blocks"_a, "p"_a, "deadlines"_a)
       .def("follow",
            [](Store& self, std::shared_ptr<ForecastRing> ring, uint32_t first_block, uint32_t experts,
               uint32_t layers) { self.follow(std::move(ring), first_block, experts, layers); },

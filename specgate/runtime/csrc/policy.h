@@ -79,6 +79,8 @@ class Policy {
   std::set<Key>& order_of(uint32_t block);
   uint32_t layer_of(uint32_t block) const { return reuse_.experts ? block / reuse_.experts : 0; }
   int64_t next_event(uint32_t layer) const;
+  double discounted(int64_t events) const;       // discount to this power
+  double reused(uint32_t block, int64_t ahead) const;  // chance of a use in the layer's next event
   int64_t priced_victim(uint32_t shape_class) const;
   double next_use(uint32_t block) const;
   /// Changes the block's entry and keeps the ordered set right.
@@ -94,6 +96,13 @@ class Policy {
   Reuse reuse_;
   uint32_t layers_ = 1, current_layer_ = 0;  // of priced
   double half_life_ticks_ = 64;
+  double share_ = 0;               // of uses in the step of the last half-life that counts
+  std::vector<double> discounts_;  // powers of the discount
+  /// What `reused` said last of a block, and of what: it is asked for many times between two events of a layer.
+  struct Reused {
+    double then = -1, frequency = 0, since = 0, chance = 0;
+  };
+  mutable std::vector<Reused> reused_;
   std::set<Key>::node_type spare_;        // of the last that left: spares an allocation
   std::vector<std::vector<uint32_t>> events_;
   std::set<std::pair<int64_t, uint32_t>> hints_;  // (deadline, block) of forecasts that count

@@ -8,6 +8,10 @@
 
 namespace specgate {
 
+namespace {
+constexpr size_t kPowers = 1024;  // of the discount that are kept
+}
+
 void Policy::set_reuse(const Reuse& reuse) {
   const bool good = std::isfinite(reuse.half_life) && reuse.half_life > 0 && reuse.discount >= 0 &&
                     reuse.discount <= 1 && std::isfinite(reuse.intercept) && std::isfinite(reuse.slope) &&
@@ -31,6 +35,10 @@ void Policy::set_reuse(const Reuse& reuse) {
   layers_ = reuse.experts ? (blocks + reuse.experts - 1) / reuse.experts : 1;
   layers_ = std::max<uint32_t>(layers_, 1);
   half_life_ticks_ = reuse.half_life * layers_;
+  share_ = 1.0 - std::pow(2.0, -1.0 / reuse_.half_life);
+  discounts_.resize(kPowers);
+  for (size_t n = 0; n < kPowers; ++n) discounts_[n] = std::pow(reuse_.discount, static_cast<double>(n));
+  reused_.assign(entries_.size(), {});
   evictable_.assign(counts_.size() * (layers_ + 1), {});
   for (const uint32_t b : evictable) join(b);
 }
@@ -40,17 +48,30 @@ int64_t Policy::next_event(uint32_t layer) const {
   return static_cast<int64_t>((layer + layers_ - current_layer_ % layers_ - 1) % layers_) + 1;
 }
 
+double Policy::discounted(int64_t events) const {
+  const auto n = static_cast<size_t>(events);
+  return n < discounts_.size() ? discounts_[n] : std::pow(reuse_.discount, static_cast<double>(events));
+}
+
+double Policy::reused(uint32_t block, int64_t ahead) const {
+  const Entry& entry = entries_[block];
+  const double then = static_cast<double>(tick_ + ahead);
+  Reused& known = reused_[block];
+  if (known.then != then || known.frequency != entry.frequency || known.since != entry.since) {
+    const double uses = share_ * entry.frequency * std::pow(2.0, -(then - entry.since) / half_life_ticks_);
+    const double chance = std::min(1.0, std::exp(reuse_.intercept + reuse_.slope * std::log(uses + 1e-6)));
+    known = {then, entry.frequency, entry.since, chance};
+  }
+  return known.chance;
+}
+
 double Policy::value(uint32_t block) const {
   const Entry& entry = entries_[block];
-  const auto ahead = static_cast<double>(next_event(layer_of(block)));
-  const double then = static_cast<double>(tick_) + ahead;
-  const double uses = (1.0 - std::pow(2.0, -1.0 / reuse_.half_life)) * entry.frequency *
-                      std::pow(2.0, -(then - entry.since) / half_life_ticks_);
-  const double q = std::min(1.0, std::exp(reuse_.intercept + reuse_.slope * std::log(uses + 1e-6)));
-  if (!entry.hinted_now) return std::pow(reuse_.discount, ahead) * q;
-  const auto due = static_cast<double>(std::max<int64_t>(entry.hinted_until - now_, 1));
-  return entry.score * std::pow(reuse_.discount, due) +
-         (1.0 - entry.score) * std::pow(reuse_.discount, ahead + layers_) * q;
+  const int64_t ahead = next_event(layer_of(block));
+  const double q = reused(block, ahead);
+  if (!entry.hinted_now) return discounted(ahead) * q;
+  const int64_t due = std::max<int64_t>(entry.hinted_until - now_, 1);
+  return entry.score * discounted(due) + (1.0 - entry.score) * discounted(ahead + layers_) * q;
 }
 
 int64_t Policy::priced_victim(uint32_t shape_class) const {

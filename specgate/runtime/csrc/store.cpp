@@ -182,6 +182,7 @@ void Store::release(const std::vector<uint32_t>& blocks, uintptr_t stream) {
 Asked Store::prefetch(uint32_t block, double p, int64_t deadline, Target target) {
   const std::lock_guard lock(mutex_);
   require_open();
+  victims_.clear();
   const Asked asked = ask({block, p, deadline, target});
   if (asked == Asked::Queued) pump();
   return asked;
@@ -191,6 +192,7 @@ void Store::prefetch_all(const std::vector<Foreknown>& foreknown) {
   const std::lock_guard lock(mutex_);
   require_open();
   bool queued = false;
+  victims_.clear();
   for (const Foreknown& f : foreknown) {
     queued |= ask(f) == Asked::Queued;
   }

@@ -125,7 +125,8 @@ class Store {
   void require_open() const;
   void advance_clock(int64_t now);              // mutex_ is held, as for all below
   Asked ask(const Foreknown& foreknown);
-  bool worth(const Foreknown& foreknown) const;
+  bool worth(const Foreknown& foreknown);
+  double value_of_victim(uint32_t shape_class);
   void pump();
   void start(const Job& job);
   void start_read(const Job& job);
@@ -162,6 +163,7 @@ class Store {
   std::string broken_;                          // a failure after which values may be wrong
   Timeline timeline_;
   Pricer pricer_;
+  std::vector<double> victims_;  ///< per shape class: what goes first is worth, before this call's forecasts; < 0: not known
   int64_t link_free_ns_ = 0, stall_seen_ns_ = 0;
   double read_ns_ = 0, read_bytes_ = 0;         // of demands
   StoreCounters counters_;

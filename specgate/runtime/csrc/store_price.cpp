@@ -14,8 +14,21 @@ Asked Store::ask(const Foreknown& f) {
   return ledger_->prefetch(f.block, f.p, f.deadline, f.target);
 }
 
+/// Looked up once for all forecasts of a call: it takes a look at every slot.
+double Store::value_of_victim(uint32_t shape_class) {
+  if (victims_.size() <= shape_class) victims_.resize(shape_class + 1, -1.0);
+  double& value = victims_[shape_class];
+  if (value >= 0) return value;
+  value = 0;
+  if (!ledger_->has_free_slot(shape_class)) {
+    const int64_t victim = ledger_->policy().victim(shape_class);
+    if (victim >= 0) value = ledger_->policy().value(static_cast<uint32_t>(victim));
+  }
+  return value;
+}
+
 /// What cannot be judged yet, or needs no new transfer, is.
-bool Store::worth(const Foreknown& f) const {
+bool Store::worth(const Foreknown& f) {
   const Block& block = ledger_->block(f.block);
   if (f.target != Target::Device || f.deadline < ledger_->now() || block.device != Place::Absent || block.want) {
     return true;
@@ -25,11 +38,7 @@ bool Store::worth(const Foreknown& f) const {
   const double copy_ns = bytes * pricer_.ns_per_byte();
   const bool in_host = block.host != Place::Absent || config_.ledger.resident_host;
   const double load_ns = copy_ns + (in_host || read_bytes_ <= 0 ? 0.0 : bytes * read_ns_ / read_bytes_);
-  double value = 0;
-  if (!ledger_->has_free_slot(block.shape_class)) {
-    const int64_t victim = ledger_->policy().victim(block.shape_class);
-    if (victim >= 0) value = ledger_->policy().value(static_cast<uint32_t>(victim));
-  }
+  const double value = value_of_victim(block.shape_class);
   const int64_t ahead = std::max<int64_t>(f.deadline - ledger_->now(), 1);
   // behind more than this it would save nothing
   const auto most = static_cast<int64_t>((static_cast<double>(ahead) * pricer_.mean_event_ns() + load_ns) / copy_ns) + 1;

