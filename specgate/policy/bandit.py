@@ -118,7 +118,8 @@ class Bandit:
     def labels(self) -> list[str]:
         """Of the arms: a policy's name and options."""
         return [
-            " ".join([c["name"], *(f"{k}={v}" for k, v in c.items() if k != "name")]) for c in self.candidates
+            " ".join([c["name"], *(f"{k}={_shown(v)}" for k, v in c.items() if k != "name")])
+            for c in self.candidates
         ]
 
     def reset(self) -> None:
@@ -214,6 +215,11 @@ class Bandit:
                 f"A state of {len(precision)} arms is none of {len(self.candidates)} candidates; train anew."
             )
         self.precision_AFF, self.evidence_AF = precision, evidence
+
+
+def _shown(value: Any) -> str:
+    """As a configuration has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def features_of(document: Workload, first_tokens: int) -> Floats:

@@ -3,11 +3,11 @@
 Letters: D documents, G groups of them (batches), B documents of a group, R resamples.
 
 A few documents fill only a few groups, and which ones meet by chance decides much. So documents are dealt
-into groups several times, each time anew. A document then is in several groups; resampling groups as if they
-were independent would make intervals too narrow, and resampling whole documents would leave almost no group
-complete. :func:`weights_of` resamples documents and gives a group the weight that is the first-order term
-(the Hajek projection) of the product of its members' counts: van der Vaart, "Asymptotic Statistics", 1998,
-chapter 12 (U-statistics).
+into groups several times, each time anew. A document then is in several groups: to resample groups as if they
+shared nobody would make intervals too narrow, and a resample of documents would leave almost no group
+complete. :func:`weights_of` resamples documents and takes the first-order term of the product of a group's
+members' counts (the Hajek projection of a U-statistic: van der Vaart, "Asymptotic Statistics", 1998, chapter
+12), scaled for the groups that there are.
 """
 
 from __future__ import annotations
@@ -56,16 +56,24 @@ def weights_of(
 ) -> NDArray[np.float64]:
     """Weight of each group in each resample of the documents, ``[R, G]``; 1 on average.
 
-    With counts ``c_d`` of a resample: ``1 + (D - 1) / (D - B) * sum over members of (c_d - 1)``. The factor
-    undoes that groups are drawn from the same D documents. For groups of one it is ``c_d``. NaN where every
-    group holds all documents: then nothing tells how others would do.
+    With counts ``c_d`` of a resample: ``1 + k * sum over members of (c_d - 1)``. k is such that the variance
+    of a weighted mean (divide by the sum of the weights) is right where a group's value is the sum of its
+    members' own; what depends on who meets whom is counted more than once, so intervals are rather too wide.
+    For groups of one document the weight is ``c_d``. NaN where every group holds all documents: then nothing
+    tells how others would do.
     """
     counts_RD = resampled(documents, resamples, seed)
     size = len(groups[0])
-    if size == documents and documents > 1:
+    if size == 1:
+        return counts_RD[:, [g[0] for g in groups]].astype(np.float64)
+    if size == documents:
         return np.full((resamples, len(groups)), np.nan)
     member_DG = np.zeros((documents, len(groups)))
     for g, members in enumerate(groups):
         member_DG[list(members), g] = 1.0
-    factor = (documents - 1) / (documents - size) if documents > 1 else 1.0
-    return 1.0 + factor * ((counts_RD - 1.0) @ member_DG)
+    centred_DG = member_DG - member_DG.mean(axis=1, keepdims=True)
+    found_DD = member_DG @ centred_DG.T  # a member's own value, and those of whom it met, in its weight
+    found_DD -= found_DD.mean(axis=0, keepdims=True)
+    wanted = (member_DG.sum(axis=1) ** 2).sum() * (documents - 1) / documents
+    factor = np.sqrt(wanted / (found_DD**2).sum())
+    return np.asarray(1.0 + factor * ((counts_RD - 1.0) @ member_DG))

@@ -139,9 +139,9 @@ def bandit_table(choices: Sequence[Mapping[str, Any]]) -> Table:
         )
     learned = sorted({found["learned_on"] for found in choices})
     table.notes = [
-        f"Learned on {' or '.join(map(str, learned))} other documents (or batches) first, then one choice for "
-        "each scored one, learning on; regret is summed over these. Best fixed arm: in hindsight. The cache "
-        "that a document meets is the one that the same arm left."
+        f"Learned on {' or '.join(map(str, learned))} other documents (or batches) first, then one choice "
+        "for each scored one, learning on; regret is summed over these. Best fixed arm: in hindsight. The "
+        "cache that a document meets is the one that the same arm left."
     ]
     return table
 

@@ -16,9 +16,13 @@ from specgate.calibration.load import load_predictor
 from specgate.errors import ConfigError
 from specgate.policy.hardware import Hardware
 from specgate.policy.registry import policy
+from specgate.policy.roofline import RUNTIMES, costs_of
+from specgate.policy.rules import Rules
 from specgate.report.modes import run_mode
+from specgate.report.plan_sizes import check_decoding, sizes_of
 from specgate.report.publish import publish
 from specgate.report.record import Run, read_record
+from specgate.report.replay_shape import ModelShape
 from specgate.report.results import make
 from specgate.report.simulate import foresight_of, simulate
 from specgate.report.simulate_page import policies_of
@@ -26,10 +30,18 @@ from specgate.report.simulate_rows import interval, resampled, share_of_gain
 from specgate.report.simulate_settings import SimulateSettings, slots_for
 from specgate.report.simulate_trace import documents_of, renewed_PH
 from specgate.runtime import native
-from tests.report.replays import K, L, data_of, save_predictor, shape, write_decode_trace
+from specgate.runtime.simulator import simulate as run_simulation
+from specgate.traces.datamodule import RoutingDataModule
+from tests.report.replays import E, K, L, data_of, save_predictor, shape, write_decode_trace
 from tests.test_configs import CONF
+from tests.traces.helpers import header_for, stack_info, write_trace
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native core is not built")
+SWITCH: dict[str, Any] = {
+    "model_type": "switch_transformers", "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2,
+    "num_decoder_layers": L, "num_heads": 2, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": L,
+    "num_experts": E, "vocab_size": 64,
+}  # fmt: skip
 NAMES = ["on_demand", "lru", "priced", "priced part=evict_only", "belady", "oracle"]
 
 
@@ -123,6 +135,45 @@ def test_few_documents_and_tokens(trace: Path) -> None:
     found = documents_of(data_of(trace), "train", 3, 5)["none"]
     assert [w.steps for w in found] == [5, 5, 5]
     assert len({w.names for w in found}) == 3
+
+
+def test_dropped_tokens_need_no_expert(tmp_path: Path) -> None:
+    """A Switch decoder's trace: the expert that a dropped token was meant for is not asked for."""
+    stacks = {
+        "encoder": stack_info(L=2, E=E, K=1, D=None, hidden="none"),
+        "decoder": stack_info(L=L, E=E, K=1, D=None, hidden="none", dropped=True),
+    }
+    header = header_for(stacks, documents=40, phases=["decode"])
+    (content,) = write_trace(tmp_path, stacks, [[12] * 40], header=header, phases=(1,), routers=False)[
+        "decoder"
+    ]
+    data = RoutingDataModule(tmp_path, stack="decoder", phase="decode", window=12, batch_size=8)
+    used, tokens = 0, 0
+    for split in ("train", "validation", "test"):
+        for found in documents_of(data, split)["none"]:
+            assert found.layers == L
+            used, tokens = used + len(found.expert_M), tokens + found.steps
+    assert content.dropped is not None
+    scored = np.repeat(np.arange(40), 12)  # every token of every sequence
+    assert tokens == len(scored)
+    assert used == int((~content.dropped.astype(bool)).sum()) < tokens * L
+    document = max(documents_of(data, "test")["none"], key=lambda w: w.steps)
+    empty = [n for n in range(document.events) if not document.event(n)]
+    assert empty
+    costs = costs_of(
+        sizes_of(ModelShape("tiny", SWITCH, "float32")), document, machine(), runtime=RUNTIMES["replay"]
+    )
+    result = run_simulation(document, costs, Rules(eviction="lru"), 4)
+    assert int(result.demands_D.sum()) == len(document.expert_M)
+
+
+def test_a_decoder_s_layers_are_what_a_trace_must_have(trace: Path) -> None:
+    sizes = sizes_of(ModelShape("tiny", SWITCH, "float32"))
+    check_decoding(sizes, "fits", L, E, 1)
+    with pytest.raises(
+        ConfigError, match=f"12 layers, 1 of {E} experts, and shape tiny decodes with {L} layers"
+    ):
+        check_decoding(sizes, "both", 12, E, 1)
 
 
 # ---------------------------------------------------------------------- what is reached
