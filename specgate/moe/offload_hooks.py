@@ -42,7 +42,7 @@ class Routed:
 
     Shapes:
         hidden_BTD: the residual stream that entered its norm.
-        experts_BTK, weights_BTK: in descending order of weight; where capacity dropped the token, the expert
+        experts_BTK, weights_BTK: in descending order of weight if so asked for; where capacity dropped the token, the expert
             that was meant.
         dropped_BT: whether capacity dropped the token, or None.
     """
@@ -68,7 +68,13 @@ class StackWatcher(ABC):
     Args:
         model: offloaded.
         layers: its MoE layers in running order.
+
+    Attributes:
+        in_order: whether :meth:`passed` is given experts in descending order of weight; else as the router
+            chose them, which saves a sort.
     """
+
+    in_order = True
 
     def __init__(self, model: Any, layers: Sequence[MoELayer]) -> None:
         self._model, self._layers = model, list(layers)
@@ -123,6 +129,8 @@ class StackWatcher(ABC):
         B, T = call.hidden.shape[:2]
         if call.router is not None:
             experts, dropped = switch_outcome(*call.router)
+        elif not self.in_order:
+            experts, dropped = routing.view(B, T, -1), None
         else:
             weights, order = weights.detach().sort(dim=-1, descending=True, stable=True)
             experts, dropped = routing.gather(-1, order).view(B, T, -1), None

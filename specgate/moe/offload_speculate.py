@@ -65,6 +65,8 @@ class KernelForecaster(StackWatcher):
         speculator: once a token was decoded.
     """
 
+    in_order = False  # what the kernel computes of them is a sum
+
     def __init__(
         self,
         model: Any,
