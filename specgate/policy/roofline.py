@@ -121,8 +121,8 @@ class Runtime:
 
 
 #: Operations of one decoded token that are not views. Counted in transformers 5.23: 41 to 68 per layer
-#: outside of the experts, 9 to 18 in them. Those of ``replay`` are of gpt_oss; a test counts them. event_us is what
-#: docs/RESULTS.md has (the store's paths).
+#: outside of the experts, 9 to 18 in them. Those of ``replay`` are of gpt_oss; a test counts them. event_us
+#: is what docs/RESULTS.md has (the store's paths).
 RUNTIMES = {
     "transformers": Runtime("transformers", 55, 10, 50, True, 25.0, waits=True),
     "grouped": Runtime("grouped", 55, 10, 50, False, 25.0, waits=True),

@@ -37,6 +37,12 @@ from specgate.report.store_paths_page import is_store_paths, slim_store_paths, s
 from specgate.report.style import scored_rows, slug, traces_of
 from specgate.report.tables import calibration_table, detail_table, summary_table, trace_table
 from specgate.report.uncertainty_page import is_uncertainty, slim_uncertainty, uncertainty_section
+from specgate.report.validate_page import (
+    draw_validations,
+    is_validation,
+    slim_validation,
+    validation_section,
+)
 from specgate.report.verdict import verdict
 
 DROPPED = ("thresholds", "reliability", "reliability_uncalibrated", "per_layer")
@@ -75,6 +81,7 @@ OTHERS: tuple[
     (is_quantized, slim_quantized, quantized_section),
     (is_replay, slim_replay, replay_section),
     (is_simulation, slim_simulation, simulation_section),
+    (is_validation, slim_validation, validation_section),
     (is_live, slim_live, live_section),
     (is_simulator_speed, slim_simulator_speed, simulator_speed_section),
     (is_store_paths, slim_store_paths, store_paths_section),
@@ -191,6 +198,7 @@ def make(out: Path, runs: Sequence[str] = (), name: str | None = None) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(markdown(records), encoding="utf-8")
     zoo.draw_all(records, out.parent / "images")
+    draw_validations(records, out.parent / "images")
     draw_regrets(records, out.parent / "images")
     return out
 

@@ -193,7 +193,7 @@ def validate(records: Sequence[Mapping[str, Any]], script_file: Path, hardware: 
                 reason = str(error).rstrip(".")
                 skipped.append({"variant": row["variant"], "residency": row["residency"], "reason": reason})
                 continue
-            rows.append({"run": number, **compared})
+            rows.append({"trace": row["trace"], "run": number, **compared})
     if not rows:
         raise ConfigError("None of the rows can be simulated; replay lru, lfru, priced or oracle too.")
     return {

@@ -102,7 +102,7 @@ def is_all_hits(row: Row, blocks: int) -> bool:
 
 
 def all_hits_row(row: Row, rows: Sequence[Row], blocks: int) -> Row | None:
-    """The row that tells what an event without copies takes: its variant's, else that of ``lru``, else any."""
+    """The row that tells what an event without copies takes: of its variant, else ``lru``, else any."""
     found = [r for r in rows if is_all_hits(r, blocks)]
     for name in (row["variant"], "lru"):
         for candidate in found:

@@ -21,9 +21,9 @@ TITLE = "Does the simulator predict the replay?"
 INTRODUCTION = (
     "The rows of a replay, which measured real copies and kernels, against simulations of the same "
     "documents, warm-up and decisions. By the profile: from what `python -m specgate.policy.measure` read "
-    "on the machine and the model's shape; nothing of the replay enters. By its own rows: the time of an event is that of "
-    "the row with everything on the device, the link as fast as it was; such rows predict nothing of "
-    "themselves."
+    "on the machine and the model's shape; nothing of the replay enters. By its own rows: the time of an "
+    "event is that of the row with everything on the device, the link as fast as it was; such rows predict "
+    "nothing of themselves."
 )
 CAPTION = (
     "Predicted over measured tokens per second, both axes logarithmic; the band is 10 % to either side of "

@@ -1,0 +1,148 @@
+"""When host and device are done: against a host and a device that take one operation after the other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specgate.policy.hardware import Hardware
+from specgate.policy.launches import Work, answered_at_once, waited_for
+from specgate.policy.roofline import RUNTIMES, Runtime, costs_of, roofline
+from tests.policy.machines import machine, sizes
+from tests.policy.test_roofline import one_token
+
+TIMES = st.floats(0, 500)
+
+
+def queue(
+    dense_N: list[float],
+    experts: float,
+    head: float,
+    counts: tuple[int, int, int],
+    operation: float,
+    layers: int,
+    readback: float,
+    upload: float,
+) -> list[float]:
+    """When each event's router is known, operation by operation; the first of a part does all of its work.
+
+    The host launches one operation after the other, the device runs each once it is launched, in order.
+    """
+    host = device = 0.0
+    known = []
+
+    def run(count: int, work: float) -> None:
+        nonlocal host, device
+        for i in range(count):
+            host += operation
+            device = max(device, host) + (work if i == 0 else 0.0)
+
+    for n, dense in enumerate(dense_N):
+        if n % layers == 0:
+            run(counts[2], head)
+            host = max(host, device) + readback
+        run(counts[0], dense)
+        host = max(host, device) + readback
+        known.append(host)
+        host += upload
+        device = max(device, host)
+        run(counts[1], experts)
+    return known
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    dense=st.lists(TIMES, min_size=2, max_size=6),
+    experts=TIMES,
+    head=TIMES,
+    counts=st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 5)),
+    operation=st.floats(0.1, 30),
+    readback=st.floats(0, 50),
+    upload=st.floats(0, 50),
+)
+def test_a_host_that_waits_against_a_queue(
+    dense: list[float], experts: float, head: float, counts: tuple[int, int, int], operation: float,
+    readback: float, upload: float,
+) -> None:  # fmt: skip
+    layers = 2
+    dense = dense[: len(dense) - len(dense) % layers]
+    N = len(dense)
+    work = Work(
+        dense_N=np.array(dense),
+        launches_N=np.full(N, counts[0] * operation),
+        experts_N=np.full(N, experts),
+        launch_experts=counts[1] * operation,
+        head_S=np.full(N // layers, head),
+        launch_head=counts[2] * operation,
+        operation=operation,
+        layers=layers,
+    )
+    found = waited_for(work, readback, upload, ahead=True)
+    want = queue(dense, experts, head, counts, operation, layers, readback, upload)
+    between_N = found.exec_N[:-1] + found.pre_N[1:]  # from router to router
+    assert between_N.tolist() == pytest.approx(np.diff(want).tolist())
+    assert (found.pre_N >= 0).all()
+    assert (found.host_N <= found.pre_N + found.exec_N + 1e-9).all()
+
+
+def test_a_processor_does_both_one_after_the_other() -> None:
+    work = Work(
+        np.array([5.0, 7.0]), np.array([2.0, 2.0]), np.array([11.0, 11.0]), 3.0, np.array([13.0]), 1.0, 1.0, 2
+    )
+    found = waited_for(work, 0.5, 0.25, ahead=False)
+    assert found.exec_N.tolist() == [14.25, 14.25]
+    assert found.pre_N.tolist() == [13 + 1 + 0.5 + 5 + 2 + 0.5, 7 + 2 + 0.5]
+
+
+def test_nothing_is_waited_for_in_a_profile_that_does_not_say_how_long() -> None:
+    """Vendors' figures: as it was before the host's time was measured."""
+    old = machine(kernel_us=1)
+    slow, waits = Runtime("slow", 10, 4, 5, False, 3.0), Runtime("slow", 10, 4, 5, False, 3.0, waits=True)
+    a, b = (roofline(sizes(), one_token(), old, runtime=r) for r in (slow, waits))
+    assert a.pre_ns_N.tolist() == b.pre_ns_N.tolist()
+    assert a.exec_ns_N.tolist() == b.exec_ns_N.tolist()
+
+
+def measured(**changed: float) -> Hardware:
+    return machine(**{"operation_us": 1, "readback_us": 10, "upload_us": 20, "kernel_us": 0.5} | changed)
+
+
+def test_a_measured_profile_by_hand() -> None:
+    """10 dense and 4 expert operations of 1 us; the device is faster."""
+    slow = Runtime("slow", 10, 4, 5, False, 3.0, waits=True)
+    found = roofline(sizes(), one_token(), measured(), runtime=slow)
+    assert found.exec_ns_N.tolist() == [24_000, 24_000], "slots sent over, four launches"
+    assert found.pre_ns_N.tolist() == [5_000 + 10_000 + 10_000 + 10_000, 10_000 + 10_000]
+    waiting = 3 * 10_000 + 2 * 20_000 + 2 * 3_000
+    total = 2 * 24_000 + 35_000 + 20_000 + 2 * 3_000
+    assert found.shares["host"] == pytest.approx(waiting / total)
+    assert sum(found.shares.values()) == pytest.approx(1)
+    assert found.binds == "host"
+
+
+def test_an_engine_that_does_not_wait_is_not_slowed_down() -> None:
+    found = roofline(sizes(), one_token(), measured(), runtime=RUNTIMES["fused"])
+    assert found.exec_ns_N.tolist() == [1_000, 1_000], "two launches by kernel_us"
+
+
+def test_gathered_experts_are_as_fast_as_they_were_measured() -> None:
+    gathers = Runtime("gathers", 0, 0, 0, True, 0.0)
+    slow = costs_of(sizes(), one_token(), machine(gathered_gb_per_s=50), runtime=gathers)
+    assert slow.exec_ns_N.tolist() == pytest.approx([2 * 3 * 2000 / 50] * 2)
+    assert (
+        slow.pre_ns_N.tolist() == costs_of(sizes(), one_token(), machine(), runtime=gathers).pre_ns_N.tolist()
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(dense=TIMES, experts=TIMES, head=TIMES, launches=TIMES, operation=st.floats(0.01, 5))
+def test_waiting_is_never_faster(
+    dense: float, experts: float, head: float, launches: float, operation: float
+) -> None:
+    N = 4
+    work = Work(np.full(N, dense), np.full(N, launches), np.full(N, experts), launches, np.full(2, head),
+                operation, operation, 2)  # fmt: skip
+    free, waits = answered_at_once(work), waited_for(work, 1.0, 2.0, ahead=True)
+    assert (waits.pre_N + waits.exec_N).sum() >= (free.pre_N + free.exec_N).sum() - 1e-6
