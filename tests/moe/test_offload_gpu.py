@@ -103,3 +103,18 @@ def test_forecasts_change_no_value(family: str, tmp_path_factory: pytest.TempPat
     with opened(folder, 11, torch.bfloat16, predictor=mlp, threshold=0.0, eviction="forecast") as model:
         assert_same(run(model, TOKENS, inputs()), wanted)
         assert model.specgate.stats()["forecasts"] > 0
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("forecasts", ["kernel", "torch"])
+def test_the_models_own_routers_foresee(
+    family: str, forecasts: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = saved(family, tmp_path_factory)
+    wanted = run(resident(folder, torch.bfloat16), TOKENS, inputs())
+    more = {"predictor": "router_lookahead", "forecasts": forecasts}
+    with opened(folder, 11, torch.bfloat16, **more) as model:
+        assert_same(run(model, TOKENS, inputs()), wanted)
+        stats = model.specgate.stats()
+        assert stats["copied_bytes_prefetch"] > 0
+        assert model.specgate.store.settings.eviction == "priced"
