@@ -177,6 +177,7 @@ class Replay:
             "dense",
             "head",
             "kernels",
+            "ahead",
         )
         return {
             name: getattr(self.settings, name) for name in (*kept, "threshold", "lookahead", "prefetch_mib")
@@ -229,7 +230,8 @@ class Replay:
                 store.set_future(all_events(self.documents))
             arenas = {name: store.arena(name) for name in self.shape.pieces}
             experts = SlotExperts(self.shape, arenas, self.settings.kernels)
-            runner = Runner(body, experts, store, entry.plan(), kind.slots == "all")
+            everything = kind.slots == "all"
+            runner = Runner(body, experts, store, entry.plan(), everything, self.settings.ahead)
             body.restart()
             if entry.slots >= blocks and kind.slots == "residency":
                 store.warm()

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specgate.errors import ConfigError
-from specgate.moe.offload_kernels import MAX_GROUPS, Face
+from specgate.moe.offload_kernels import MAX_GROUPS, Face, to_device
 from specgate.report.replay_shape import ModelShape
 from specgate.report.replay_trace import Asked, Document, asked_of
 from specgate.report.spans import Marks, Span
@@ -164,6 +164,7 @@ class Runner:
         store: that lends them.
         foresight: which of the documents' plans is followed; None: nothing is asked for ahead.
         resident: every expert is loaded for good, and the store is not asked again.
+        ahead: slots go to a GPU without the host waiting for their copies.
     """
 
     def __init__(
@@ -173,9 +174,10 @@ class Runner:
         store: ExpertStore,
         foresight: str | None = None,
         resident: bool = False,
+        ahead: bool = False,
     ) -> None:
         self.body, self.experts, self.store = body, experts, store
-        self.foresight, self.clock = foresight, 0
+        self.foresight, self.clock, self.ahead = foresight, 0, ahead
         self._device = store.device
         self._dtype = body.hidden_1D.dtype
         self._table_LE: Tensor | None = self._load_all() if resident else None
@@ -238,7 +240,10 @@ class Runner:
             slots = store.acquire(layer, chosen)
             there = probe.mark() if probe else None
             try:
-                slots_1K = torch.tensor([slots], device=self._device)
+                if self.ahead:
+                    slots_1K = to_device(slots, self._device)[None]
+                else:
+                    slots_1K = torch.tensor([slots], device=self._device)
                 ready = probe.mark() if probe else None
                 body.add(self.experts(body.hidden_1D, slots_1K, weights_TLK[t, layer : layer + 1]))
                 computed = probe.mark() if probe else None

@@ -98,6 +98,8 @@ class ReplaySettings:
         repeats: rounds of all variants.
         dense: whether a layer's dense part runs. head: the language-model head.
         kernels: ``batched_mm`` or ``grouped_mm``.
+        ahead: on a GPU, whether slots go over without the host waiting for the copies, as in
+            ``specgate.offload``, so that kernels are launched meanwhile.
         price_scale: factor on the price of the link, for ``priced``.
         prefetch_mib: forecast bytes in flight at most, what a demanded expert can find before it on the link.
         timeline_tokens: tokens in the timeline's picture and file.
@@ -122,6 +124,7 @@ class ReplaySettings:
     dense: bool = True
     head: bool = True
     kernels: str = "batched_mm"
+    ahead: bool = False
     prefetch_mib: int = 64
     price_scale: float = 0.5
     timeline_tokens: int = 3

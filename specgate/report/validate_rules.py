@@ -166,7 +166,7 @@ def check_same(settings: Sequence[ReplaySettings]) -> None:
         "kernels",
         "lookahead",
     )
-    for name in (*names, "threshold", "price_scale", "prefetch_mib"):
+    for name in (*names, "ahead", "threshold", "price_scale", "prefetch_mib"):
         values = {getattr(one, name) for one in settings}
         if len(values) > 1:
             raise ConfigError(

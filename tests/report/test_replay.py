@@ -112,7 +112,8 @@ def test_all_variants_compute_what_the_model_computes(
                     store.set_future(document.events())
                 kernels = SlotExperts(made, {n: store.arena(n) for n in made.pieces})
                 body.restart()
-                Runner(body, kernels, store, kind.foresight, kind.slots == "all").run(document)
+                ahead = kind.eviction != "lru"  # both ways, and the values are the same
+                Runner(body, kernels, store, kind.foresight, kind.slots == "all", ahead).run(document)
                 digests.add(body.digest())
                 hidden[name] = body.hidden_1D[0].cpu()
                 del kernels
