@@ -32,9 +32,11 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     *("link_latency_us", "file_latency_us", "kernel_us", "reserved_gb"),
-    *("operation_us", "readback_us", "upload_us"),
+    *("operation_us", "readback_us", "upload_us", "send_us"),
 )
-_UNKNOWN = ("pageable_gb_per_s", "operation_us", "readback_us", "upload_us", "gathered_gb_per_s")
+_UNKNOWN = (
+    *("pageable_gb_per_s", "operation_us", "readback_us", "upload_us", "send_us", "gathered_gb_per_s"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Hardware:
         operation_us: the host's time for one operation of a model's layer, of many in a row; None: unknown,
             ``kernel_us`` stands for it.
         readback_us: how much longer a layer takes if the host reads its router's choice. upload_us: if it
-            sends the slots of its experts over. None: unknown, taken as 0.
+            sends the slots of its experts over and waits, send_us: if it does not wait. None: unknown,
+            taken as 0.
         gathered_gb_per_s: bandwidth at which experts are copied together and multiplied; None: unknown,
             memory's.
         source: where the figures come from.
@@ -87,6 +90,7 @@ class Hardware:
     operation_us: float | None = None
     readback_us: float | None = None
     upload_us: float | None = None
+    send_us: float | None = None
     gathered_gb_per_s: float | None = None
     file: str = "disk"
     ahead: bool = True

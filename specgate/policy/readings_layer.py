@@ -77,6 +77,11 @@ class SmallLayer:
         """Slots to the device; the host waits until they are there, and for all that came before."""
         return torch.tensor([slots], device=self.device)
 
+    def send_ahead(self, slots: list[int]) -> Tensor:
+        """Slots to the device; the host goes on at once."""
+        staged_1K = torch.tensor([slots], pin_memory=self.device.type == "cuda")
+        return staged_1K.to(self.device, non_blocking=True)
+
 
 def read_host(device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
     """The host's time for the parts of a layer.
@@ -84,9 +89,10 @@ def read_host(device: torch.device, repeats: int) -> dict[str, dict[str, float]]
     Returns:
         Readings in nanoseconds (``ns``, ``low``, ``high``): ``operation``, one of many launched in a row;
         ``layer``: all operations of one, with neither of the following; ``readback`` and ``upload``: how much
-        longer it takes if the router's choice is read back, and if slots are sent over; ``synchronous``:
+        longer it takes if the router's choice is read back, and if slots are sent over; ``send``: as
+        ``upload``, but from pinned memory, and the host does not wait; ``synchronous``:
         a layer with both; ``copied``: the same if a copy to the device goes before, less that copy;
-        ``ahead``: as ``copied``, but the slots go over from pinned memory and the host waits for nothing.
+        ``ahead``: as ``copied``, but with ``send``.
     """
     layer, wait = SmallLayer(device), waiter(device)
 
@@ -118,16 +124,18 @@ def read_host(device: torch.device, repeats: int) -> dict[str, dict[str, float]]
         copies()
         layer.experts(layer.send(slots))
 
-    staged_1K = torch.zeros(1, 4, dtype=torch.int64, pin_memory=device.type == "cuda")
+    def goes() -> None:
+        layer.dense()
+        layer.experts(layer.send_ahead([0, 1, 2, 3]))
 
     def ahead() -> None:
         layer.dense()
-        layer.read_back()
+        slots = layer.read_back()
         copies()
-        layer.experts(staged_1K.to(device, non_blocking=True))
+        layer.experts(layer.send_ahead(slots))
 
     with torch.inference_mode():
-        found = {f.__name__: timed(f, wait, repeats) for f in (plain, reads, sends, both)}
+        found = {f.__name__: timed(f, wait, repeats) for f in (plain, reads, sends, goes, both)}
         alone = timed(_and(copies, wait), wait, repeats)
         after_copy = {f.__name__: timed(f, wait, repeats) for f in (copied, ahead)}
     count = DENSE_OPERATIONS + EXPERT_OPERATIONS
@@ -137,6 +145,7 @@ def read_host(device: torch.device, repeats: int) -> dict[str, dict[str, float]]
         "layer": base.as_dict(),
         "readback": _less(found["reads"], base),
         "upload": _less(found["sends"], base),
+        "send": _less(found["goes"], base),
         "synchronous": found["both"].as_dict(),
     } | {name: _less(reading, alone) for name, reading in after_copy.items()}
 
