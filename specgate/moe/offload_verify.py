@@ -155,7 +155,8 @@ def _resident(layer: MoELayer, original: CheckpointExperts, index: int, device: 
     tensors = [original.tensors(index, expert) for expert in range(layer.num_experts)]
     module: Any = experts.original.__new__(experts.original)
     nn.Module.__init__(module)
-    kept = {k: v for k, v in vars(experts).items() if k not in vars(module)}
+    pieces_of = getattr(experts, "shapes", ())  # at full residency the module has them as plain attributes
+    kept = {k: v for k, v in vars(experts).items() if k not in vars(module) and k not in pieces_of}
     vars(module).update(kept)
     if "config" in kept:
         module.config = copy.copy(kept["config"])
