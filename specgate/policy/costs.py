@@ -35,6 +35,9 @@ class Costs:
         pre_ns_N: float64, from the end of the event before until the router of event n has chosen; a step's
             first event includes the head and the sampling of the step before.
         exec_ns_N: float64, the experts of event n, all of them on the device.
+        launch_ns_N: float64, the host's time from the choice of the router of event n - 1 (from the start,
+            for n = 0) until all that comes before the choice of that of event n is launched: it cannot be
+            made earlier, however fast the device is. None: the other times include it.
 
     Raises:
         ConfigError: if a number makes no sense.
@@ -50,6 +53,7 @@ class Costs:
     forecast_ns: float
     pre_ns_N: Nanoseconds
     exec_ns_N: Nanoseconds
+    launch_ns_N: Nanoseconds | None = None
 
     def __post_init__(self) -> None:
         for name in ("expert_bytes", "link_chunk_bytes"):
@@ -64,7 +68,9 @@ class Costs:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name}={value} is no time; write nanoseconds, 0 or more.")
-        for name in ("pre_ns_N", "exec_ns_N"):
+        for name in ("pre_ns_N", "exec_ns_N", "launch_ns_N"):
+            if getattr(self, name) is None and name == "launch_ns_N":
+                continue
             values = np.ascontiguousarray(getattr(self, name), dtype=np.float64)
             if values.ndim != 1:
                 raise ConfigError(f"{name} has {values.ndim} axes; write one time per event.")
@@ -74,6 +80,11 @@ class Costs:
                     f"{name}[{wrong}]={values[wrong]} is no time; write nanoseconds, 0 or more."
                 )
             object.__setattr__(self, name, values)
+        if self.launch_ns_N is not None and len(self.launch_ns_N) != len(self.pre_ns_N):
+            raise ConfigError(
+                f"{len(self.launch_ns_N)} times of launches and {len(self.pre_ns_N)} before events cannot "
+                "belong together; write one of each per event."
+            )
         if len(self.pre_ns_N) != len(self.exec_ns_N):
             raise ConfigError(
                 f"{len(self.pre_ns_N)} times before events and {len(self.exec_ns_N)} of events cannot belong "
@@ -98,8 +109,14 @@ class Costs:
     @property
     def compute_ns(self) -> float:
         """All events with every expert on the device: what no policy can beat."""
-        return float(self.pre_ns_N.sum() + self.exec_ns_N.sum()) + self.events * self.event_ns
+        host = self.events * self.event_ns
+        if self.launch_ns_N is None:
+            return float(self.pre_ns_N.sum() + self.exec_ns_N.sum()) + host
+        device_N = np.concatenate([np.zeros(min(1, self.events)), self.exec_ns_N[:-1]]) + self.pre_ns_N
+        return float(np.maximum(device_N, self.launch_ns_N).sum() + self.exec_ns_N[-1:].sum()) + host
 
     def part(self, first: int, last: int) -> Costs:
         """The costs of events ``first`` to ``last`` - 1 alone."""
-        return replace(self, pre_ns_N=self.pre_ns_N[first:last], exec_ns_N=self.exec_ns_N[first:last])
+        launch_N = None if self.launch_ns_N is None else self.launch_ns_N[first:last]
+        pre_N, exec_N = self.pre_ns_N[first:last], self.exec_ns_N[first:last]
+        return replace(self, pre_ns_N=pre_N, exec_ns_N=exec_N, launch_ns_N=launch_N)

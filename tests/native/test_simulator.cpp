@@ -36,7 +36,7 @@ struct Random {
   std::vector<int32_t> expert, document, foreseen;
   std::vector<uint8_t> horizon;
   std::vector<float> p;
-  std::vector<double> pre, exec;
+  std::vector<double> pre, exec, launch;
   Calls calls;
   CostTable costs;
   RuleTable rules;
@@ -62,6 +62,7 @@ struct Random {
       event_start.push_back(static_cast<int64_t>(expert.size()));
       pre.push_back(static_cast<double>(below(100)));
       exec.push_back(static_cast<double>(below(100)));
+      launch.push_back(static_cast<double>(below(200)));
     }
     for (int64_t point = 0; point < calls.steps * (calls.layers + 1); ++point) {
       for (int h = 1; h <= 6; ++h) {
@@ -90,6 +91,7 @@ struct Random {
     costs.forecast_ns = static_cast<double>(below(2) * below(300));
     costs.pre_ns = pre.data();
     costs.exec_ns = exec.data();
+    costs.launch_ns = below(2) ? launch.data() : nullptr;
     rules.eviction = static_cast<Evict>(below(9));
     rules.prefetch = static_cast<Fetch>(below(5));
     rules.gate = below(3) == 0;

@@ -87,6 +87,7 @@ def costs_of(draw: st.DrawFn, workload: Workload) -> Costs:
         forecast_ns=draw(st.one_of(st.just(0.0), one)),
         pre_ns_N=np.array(draw(times)),
         exec_ns_N=np.array(draw(times)),
+        launch_ns_N=2 * np.array(draw(times)) if draw(st.booleans()) else None,
     )
 
 

@@ -223,8 +223,11 @@ class Reference(State):
             self.count("steps")
             self.points.append((self.t + c.forecast_ns, step * (self.L + 1)))
         times = self.times[self.document]
-        self.work(self.t + (c.pre_ns_N[n] + c.event_ns))
-        router = self.t
+        device = until = self.t + (c.pre_ns_N[n] + c.event_ns)
+        if c.launch_ns_N is not None:
+            until = max(device, self.router + (c.launch_ns_N[n] + c.event_ns))
+        self.work(until)
+        self.router = router = self.t
         there, fetched, judged = self.demand(n)
         self.complete = there
         self.points.append((router + c.forecast_ns, step * (self.L + 1) + layer + 1))
@@ -242,7 +245,7 @@ class Reference(State):
             for b in [b for b in self.present if b // self.E == layer]:
                 if not (self.present[b] and self.came_for[b] > n):
                     self.evict(b)
-        work, stall = c.pre_ns_N[n] + c.exec_ns_N[n], there - router
+        work, stall = c.pre_ns_N[n] + c.exec_ns_N[n] + (until - device), there - router
         times["compute_ns"] += work + c.event_ns
         times["stall_ns"] += stall
         times["total_ns"] += self.t - began

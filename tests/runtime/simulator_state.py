@@ -72,7 +72,7 @@ class State:
         self.landed: dict[int, int] = {}
         self.marks: set[int] = set()
         self.pinned: set[int] = set()
-        self.n, self.t = -1, 0.0
+        self.n, self.t, self.router = -1, 0.0, 0.0
         self.link: Copy | None = None
         self.file: tuple[int, float, bool] | None = None  # block, end, given up
         self.link_free = self.file_free = self.complete = 0.0  # complete: an event's experts are all there

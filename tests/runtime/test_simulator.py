@@ -298,6 +298,20 @@ def test_forecasts_that_make_no_sense(field: str, value: Any, message: str) -> N
         simulate(broken(seen, "forecasts", broken(seen.forecasts, field, value)), costs_of(w), ALL, 4)
 
 
+def test_launches_hide_behind_waiting() -> None:
+    """The host takes 200 from router to router: 110 of copying and 100 of the device hide that, 100 do not."""
+    w = calls([0], [0], [1])
+    costs = costs_of(w, launch_ns_N=np.array([60.0, 200.0, 200.0]))
+    result = simulate(w, costs, Rules(), 2)
+    second = 60 + (110 + 70 + 30)
+    third = second + 200
+    assert result.total("total_ns") == third + 110 + 70
+    assert result.total("stall_ns") == 2 * 110
+    assert result.total("compute_ns") == 3 * 100 + 30 + 100, "the host is late for the first and the third"
+    warm = simulate(w, costs, Rules(), 2, warm=[0, 1])
+    assert warm.total("total_ns") == warm.total("compute_ns") == costs.compute_ns == 60 + 200 + 200 + 70
+
+
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("field", ["link_latency_ns", "file_latency_ns", "event_ns", "forecast_ns"])
 def test_times_that_make_no_sense(field: str, value: float) -> None:
@@ -309,7 +323,7 @@ def test_times_that_make_no_sense(field: str, value: float) -> None:
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_times_of_events_that_make_no_sense(value: float) -> None:
     w = calls([0, 1], [2])
-    for field in ("pre_ns_N", "exec_ns_N"):
+    for field in ("pre_ns_N", "exec_ns_N", "launch_ns_N"):
         with pytest.raises(ConfigError, match=rf"{field}\[1\]=.* is no time"):
             simulate(w, broken(costs_of(w), field, np.array([1.0, value])), Rules(), 4)
         with pytest.raises(ConfigError, match=f"{field} has 1 entries where 2 are needed"):

@@ -111,6 +111,11 @@ class Held {
     fits("exec_ns_N", exec.size(), calls.events());
     table.pre_ns = pre.data();
     table.exec_ns = exec.data();
+    if (!costs.attr("launch_ns_N").is_none()) {
+      const auto launch = hold<double>(costs, "launch_ns_N");
+      fits("launch_ns_N", launch.size(), calls.events());
+      table.launch_ns = launch.data();
+    }
     const sim::RuleTable rule_table = rules_of(rules);
     const sim::Room room{std::move(slots), host_slots, std::move(warm), std::move(warm_host)};
     const nb::gil_scoped_release free;

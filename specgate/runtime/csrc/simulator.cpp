@@ -82,7 +82,7 @@ void Simulator::reset() {
   file_orphan_ = upgrade_ = stopped_ = false;
   lows_.clear();
   means_ = {};
-  now_ = until_ = link_free_ = file_free_ = 0;
+  now_ = until_ = router_ = link_free_ = file_free_ = 0;
   known_first_ = known_last_ = 0;
   tally_ = tallies_.data();
 }
@@ -111,6 +111,7 @@ bool Simulator::step(bool pauses) {
       [[fallthrough]];
     case Phase::Before:
       if (process(until_, pauses)) return true;
+      router_ = now_;
       until_ = demand(pauses);
       phase_ = Phase::Waits;
       [[fallthrough]];
@@ -140,7 +141,9 @@ void Simulator::begin(bool pauses) {
     ++tally_->steps;
     if (foresees_ || pauses) await_point(now_ + costs_.forecast_ns);
   }
-  until_ = now_ + (costs_.pre_ns[n_] + costs_.event_ns);
+  const double device = now_ + (costs_.pre_ns[n_] + costs_.event_ns);
+  until_ = costs_.launch_ns ? std::max(device, router_ + (costs_.launch_ns[n_] + costs_.event_ns)) : device;
+  lag_ = until_ - device;
 }
 
 /// The link, the file and the forecasts until a time. Whether it stopped at a point.
@@ -204,7 +207,7 @@ void Simulator::finish() {
       if (block.place == Place::Present && !(block.unused && block.target > n_)) evict(b);
     }
   }
-  const double work = costs_.pre_ns[n_] + costs_.exec_ns[n_], compute = work + costs_.event_ns;
+  const double work = costs_.pre_ns[n_] + costs_.exec_ns[n_] + lag_, compute = work + costs_.event_ns;
   tally_->compute_ns += compute;
   tally_->stall_ns += stall_;
   tally_->total_ns += now_ - began_;

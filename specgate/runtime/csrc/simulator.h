@@ -152,7 +152,7 @@ class Simulator {
   int64_t n_ = 0, begun_ = kNone, point_ = kNone;
   Tally* tally_ = nullptr;
   Means means_;
-  double now_ = 0, until_ = 0, began_ = 0, stall_ = 0, busy_ = 0;
+  double now_ = 0, until_ = 0, began_ = 0, router_ = 0, lag_ = 0, stall_ = 0, busy_ = 0;
   int64_t hits_ = 0;
   // The link: a prefetch's copy under way (or the exact one after an approximate one), and from when on it
   // may start another one

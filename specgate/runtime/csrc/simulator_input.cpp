@@ -118,6 +118,7 @@ void check_costs(const Calls& calls, const CostTable& c) {
   for (int64_t n = 0; n < calls.events(); ++n) {
     if (!is_time(c.pre_ns[n])) check_time("pre_ns_N[" + text(n) + "]", c.pre_ns[n]);
     if (!is_time(c.exec_ns[n])) check_time("exec_ns_N[" + text(n) + "]", c.exec_ns[n]);
+    if (c.launch_ns && !is_time(c.launch_ns[n])) check_time("launch_ns_N[" + text(n) + "]", c.launch_ns[n]);
   }
 }
 

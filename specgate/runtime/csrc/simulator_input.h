@@ -31,6 +31,7 @@ struct CostTable {
   double event_ns = 0, forecast_ns = 0;
   const double* pre_ns = nullptr;   // [N]
   const double* exec_ns = nullptr;  // [N]
+  const double* launch_ns = nullptr;  // [N]; null: none
 };
 
 enum class Evict { None, Lru, Lfu, Lfru, Lru2, Static, Forecast, Belady, Priced };
