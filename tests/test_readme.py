@@ -166,6 +166,18 @@ COMMANDS: dict[str, Make | Run] = {
             "outputs/train/my_run": "{run}",
         },
     ),
+    "python benchmark.py mode=simulate data=gpt_oss_20b shape=gpt_oss_20b "
+    "checkpoints=[outputs/train/my_run] 'simulate.policies=[lru,priced,\"rl steps=100000 seed=0\","
+    "\"rl steps=100000 seed=1\",\"rl algorithm=dqn\",bandit,oracle]'": Run(
+        (*SCORE, "simulate.resamples=100", "'simulate.residency=[0.5]'", "'simulate.hardware=[rtx3090]'"),
+        {
+            "shape=gpt_oss_20b": "shape=tiny",
+            "data=gpt_oss_20b": "data=olmoe_ref_prefill",
+            "outputs/train/my_run": "{run}",
+            "steps=100000": "steps=200",
+            "algorithm=dqn": "algorithm=dqn steps=200",
+        },
+    ),
     "python -m specgate.policy.measure": HELP,
     "python -m benchmarks.simulator": HELP,
     PACK: HELP,

@@ -39,7 +39,7 @@ from specgate.report.replay_shape import ModelShape
 from specgate.report.simulate_batch import ARM, Batch, Figures, Place, short
 from specgate.report.simulate_foresight import foresight_for, foresight_of
 from specgate.report.simulate_groups import groups_of, weights_of
-from specgate.report.simulate_learned import Shelf, choose, games_of, picked, played, rewards_of
+from specgate.report.simulate_learned import Shelf, choose, costs_digest, games_of, picked, played, rewards_of
 from specgate.report.simulate_rows import COUNTED, cell_rows, compare_to_best, compare_to_main
 from specgate.report.simulate_settings import SimulateSettings, slots_for
 from specgate.report.simulate_trace import documents_of
@@ -204,6 +204,7 @@ class Simulation:
                 "lookahead": self.foresight.lookahead,
                 "predictor_sha256": self.foresight.digest,
                 "block_bytes": self.block_bytes,
+                "layers": self.sizes.layers,
             },
             "hardware_profiles": {name: profile.describe() for name, profile in self.hardware.items()},
             "rows": rows,
@@ -319,7 +320,8 @@ class Simulation:
         def tell(done: int, total: int, reward: float) -> None:
             bar.update(task, completed=min(done, total), visible=True)
 
-        about = {**place.about, "host_slots": place.host, "profile": place.profile.describe()}
+        costs = costs_digest(self._costs(batch.fit, place.profile))
+        about = {**place.about, "host_slots": place.host, "costs": costs}
         agent = self.shelf.agent(
             label,
             policy,

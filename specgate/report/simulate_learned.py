@@ -122,6 +122,14 @@ class Shelf:
         }
 
 
+def costs_digest(costs: Costs) -> str:
+    """What a machine costs for some documents, as a short text that changes with any of it."""
+    digest = hashlib.sha256()
+    for value in vars(costs).values():
+        digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    return digest.hexdigest()
+
+
 def games_of(
     documents: Sequence[Workload],
     costs: Callable[[Workload], Costs],

@@ -236,11 +236,13 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
 def about(record: Mapping[str, Any]) -> list[str]:
     """What was simulated, in sentences."""
     s, shape = record["simulate"], record["shape"]
+    layers = s.get("layers", shape["layers"])
+    stacks = "" if layers == shape["layers"] else f" that decode (of {shape['layers']})"
     chunk = (
         f"stopped for a demand every {s['piece_mib']:g} MiB" if s["piece_mib"] else "not stopped for a demand"
     )
     lines = [
-        f"{shape['name']}: {shape['layers']} layers of {shape['experts']} experts, {shape['top_k']} per "
+        f"{shape['name']}: {layers} MoE layers{stacks} of {shape['experts']} experts, {shape['top_k']} per "
         f"token, {s['block_bytes'] * 1e-6:.3g} MB each with codec {s['codec']}; "
         f"a context of {s['context']} tokens, "
         f"launches of runtime {s['runtime']}; a forecast's copy is {chunk}.",
