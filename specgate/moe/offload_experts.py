@@ -44,6 +44,10 @@ Observer = Callable[[int, Tensor, Tensor], None]
 Counter = Callable[[int, Sequence[int]], None]
 
 
+READ_AHEAD = 64
+"""Experts that are read to host memory while others are copied, where all are loaded."""
+
+
 class OffloadedExperts:
     """Mixed into a family's experts class (:func:`empty_experts`): no tensors of its own."""
 
@@ -180,10 +184,8 @@ class ExpertRunner:
             Whether each layer's experts lie side by side, in whatever order, as they must for that.
         """
         found = []
-        self._ask_host(0)
         for layer, module in enumerate(self._modules):
             experts = list(range(module.num_experts))
-            self._ask_host(layer + 1)
             slots = self._acquire_in_order(layer, experts)
             first = min(slots)
             if sorted(slots) != list(range(first, first + len(slots))):
@@ -199,23 +201,23 @@ class ExpertRunner:
                 module.settled = True
         return True
 
-    def _hosted(self, experts: int) -> bool:
-        """Whether experts pass through host memory, with room there for those of two layers."""
-        return int(getattr(self.store, "host_slots", 0)) >= 2 * experts
-
-    def _ask_host(self, layer: int) -> None:
-        """Lets a layer's experts be read while others are copied."""
-        if layer < len(self._modules) and self._hosted(self._modules[layer].num_experts):
-            for expert in range(self._modules[layer].num_experts):
-                self.store.prefetch(layer, expert, 1.0, host=True)
-
     def _acquire_in_order(self, layer: int, experts: list[int]) -> list[int]:
         """Slots in the order of the experts. Those that pass through host memory take one when they are
         copied, in whatever order the disk gives them, unless they are asked for one by one.
         """
-        if not self._hosted(len(experts)):
+        room = int(getattr(self.store, "host_slots", 0))
+        if not room:
             return self.store.acquire(layer, experts)
-        return [slot for expert in experts for slot in self.store.acquire(layer, [expert])]
+        slots: list[int] = []
+        ahead, every = min(room // 2, READ_AHEAD), len(experts)
+        for expert in range(every):
+            begin = 1 if layer or expert else 0  # the first call asks for all that are to be read ahead of it
+            for step in range(begin * ahead, ahead + 1):
+                at, later = divmod(expert + step, every)
+                if layer + at < len(self._modules):
+                    self.store.prefetch(layer + at, later, 1.0, host=True)
+            slots += self.store.acquire(layer, [expert])
+        return slots
 
     def prefetch(self, layer: int, wanted: Sequence[tuple[int, float]], horizon: int) -> None:
         """Experts (and probabilities) that may be needed ``horizon`` MoE layers after the last call."""

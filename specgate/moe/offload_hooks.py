@@ -42,8 +42,8 @@ class Routed:
 
     Shapes:
         hidden_BTD: the residual stream that entered its norm.
-        experts_BTK, weights_BTK: in descending order of weight if so asked for; where capacity dropped the token, the expert
-            that was meant.
+        experts_BTK, weights_BTK: in descending order of weight if so asked for; where capacity dropped the
+            token, the expert that was meant.
         dropped_BT: whether capacity dropped the token, or None.
     """
 

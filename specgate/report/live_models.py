@@ -179,7 +179,6 @@ def make_offload(
     """
     eviction = way.eviction or settings.eviction
     predictor: Any = ROUTERS if way.routers else list(settings.checkpoints) if way.predicts else None
-    own = way.routers or eviction == "priced"
 
     def planned(host_gb: float | None) -> Any:
         return offload(
@@ -192,7 +191,7 @@ def make_offload(
             packed=settings.packed,
             eviction=eviction,
             context=settings.prompt_tokens + settings.new_tokens,
-            threshold=None if own else settings.threshold,
+            threshold=settings.threshold,
             # All in host memory: each opening reads the whole file, which the page cache may hold.
             direct=False if way.host else None,
         )

@@ -54,7 +54,7 @@ def make_rows(live: Live, measured: Measured) -> tuple[list[dict[str, Any]], lis
 
 def lru_of(live: Live) -> list[str]:
     """Keys of the plain caches in which the least recently used expert goes."""
-    names = ["offload:lru", *(["offload"] if live.settings.eviction == "lru" else [])]
+    names = ["offload:lru", *(["offload"] if live.settings.eviction in ("auto", "lru") else [])]
     return [f"{b.name}@{b.residency:g}" for name in names for b in live.budgets if b.name == name]
 
 

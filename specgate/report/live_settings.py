@@ -43,7 +43,7 @@ WAYS: dict[str, Way] = {
         "specgate.offload without a cache: as many slots as one token needs", "offload", slots="event"
     ),
     "offload": Way("specgate.offload, a cache of experts", "offload"),
-    "offload_predictor": Way("specgate.offload, a predictor fetches ahead", "offload", predicts=True),
+    "offload_predictor": Way("specgate.offload, with a predictor", "offload", predicts=True),
     "offload_file": Way("specgate.offload, no experts in host memory: from the file", "offload", host=False),
     "offload:lru": Way("specgate.offload, the least recently used expert goes", "offload", eviction="lru"),
     "offload:lfu": Way("specgate.offload, the least frequently used expert goes", "offload", eviction="lfu"),
@@ -104,8 +104,8 @@ class LiveSettings:
         residency: shares of all experts that have a slot.
         checkpoints: predictors of the model's routing, one per stack and phase; without, variants that need
             one are left out.
-        threshold: experts less probable are not fetched ahead; where a price decides, and for routers,
-            ``specgate.offload`` knows a better one. eviction: of the cache, where the variant names none.
+        threshold: experts less probable are not fetched ahead. eviction: of the cache, where the variant
+            names none. None and ``auto``: what ``specgate.offload`` does by itself.
         packed: a file of ``python -m specgate.runtime.pack``, for its codec; None: the model's own files.
         domains: of the bundled text; None: those that the reference models have read.
         prompts, prompt_tokens, new_tokens: how many prompts, how long, and how much is generated after each.
@@ -120,8 +120,8 @@ class LiveSettings:
     variants: Sequence[str] = PLAIN
     residency: Sequence[float] = (0.125, 0.25, 0.5, 1.0)
     checkpoints: Sequence[str] = ()
-    threshold: float = 0.2
-    eviction: str = "lru"
+    threshold: float | None = None
+    eviction: str = "auto"
     packed: str | None = None
     domains: Sequence[str] | None = None
     prompts: int = 2
