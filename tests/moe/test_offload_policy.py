@@ -124,7 +124,9 @@ def test_where_all_fit_the_modules_have_their_tensors(
 ) -> None:
     folder = saved(family, tmp_path_factory)
     wanted = resident_run(family, folder, implementation, 16)
-    with opened(folder, 10**6, host_gb=host_gb, experts_implementation=implementation) as model:
+    more: Any = {"host_gb": host_gb, "experts_implementation": implementation, "verify": True}
+    with opened(folder, 10**6, **more) as model:
+        assert model.specgate.verified == [0.0] * len(moe_layers(model))
         layers = moe_layers(model)
         assert_same(run(model, 16), wanted)
         if family != SWITCH:
