@@ -51,6 +51,7 @@ class Ends:
         pre_N, exec_N: as in :class:`specgate.policy.costs.Costs`.
         host_N: of their sum, in which the host waits for an answer or sends something over.
         late_pre_N, late_exec_N: whether launches bound the rest, not the device.
+        launch_N: as in Costs; None: launches are in the other times.
     """
 
     pre_N: Nanoseconds
@@ -58,6 +59,16 @@ class Ends:
     host_N: Nanoseconds
     late_pre_N: NDArray[np.bool_]
     late_exec_N: NDArray[np.bool_]
+    launch_N: Nanoseconds | None = None
+
+    @property
+    def unhidden_N(self) -> Nanoseconds:
+        """What follows on the event before until the router has chosen, if no event waits for experts."""
+        if self.launch_N is None:
+            return self.pre_N
+        before_N = np.concatenate([np.zeros(min(1, len(self.exec_N))), self.exec_N[:-1]])
+        unhidden_N: Nanoseconds = np.maximum(self.pre_N, self.launch_N - before_N)
+        return unhidden_N
 
 
 def answered_at_once(work: Work) -> Ends:
@@ -108,3 +119,26 @@ def waited_for(work: Work, readback: float, upload: float, ahead: bool) -> Ends:
     host_N = np.full(len(exec_N), readback + upload)
     host_N[work.first_N] += readback  # of the token before
     return Ends(pre_N + host_N - upload, exec_N + upload, host_N, late_pre_N, late_exec_N)
+
+
+def launched_ahead(work: Work, readback: float, send: float) -> Ends:
+    """The same, but nothing is waited for when slots are sent: the host launches while experts are copied.
+
+    Args:
+        readback: see :func:`waited_for`.
+        send: the host's time to send the slots of an event.
+    """
+    E, o, first_N = work.launch_experts, work.operation, work.first_N
+    exec_N = work.experts_N + (send + o)  # of an event that waits for no copy; others have that behind them
+    dense_N = np.maximum(work.launches_N, o + work.dense_N) + readback  # if the device waits for the host
+    head_S = np.maximum(work.launch_head, o + work.head_S) + readback
+    pre_N, launch_N = work.dense_N + readback, dense_N + (send + E)
+    pre_N[first_N] = work.head_S + readback + dense_N[first_N]
+    launch_N[first_N] += head_S
+    if len(launch_N):  # there are no experts before, and the host begins with the head
+        pre_N[0] = launch_N[0] = head_S[0] + dense_N[0]
+    host_N = np.full(len(exec_N), readback + send)
+    host_N[first_N] += readback
+    before_N = np.concatenate([np.zeros(min(1, len(exec_N))), exec_N[:-1]])
+    late_N = launch_N > before_N + pre_N
+    return Ends(pre_N, exec_N, host_N, late_N, np.zeros(len(exec_N), dtype=np.bool_), launch_N)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from specgate.errors import ConfigError
 from specgate.policy.costs import Costs
 from specgate.policy.hardware import Hardware
-from specgate.policy.launches import Ends, Work, answered_at_once, waited_for
+from specgate.policy.launches import Ends, Work, answered_at_once, launched_ahead, waited_for
 from specgate.policy.workload import Workload
 
 Nanoseconds = NDArray[np.float64]
@@ -109,6 +109,7 @@ class Runtime:
         event_us: the host's work around each event: indices, acquire, release.
         waits: whether the host must know each router's choice before it goes on, and sends slots to the
             device; what that costs is in a measured profile (:mod:`specgate.policy.launches`).
+        ahead: whether it sends slots without waiting for the experts' copies, and launches meanwhile.
     """
 
     name: str
@@ -118,14 +119,15 @@ class Runtime:
     gathers: bool
     event_us: float
     waits: bool = False
+    ahead: bool = False
 
 
 #: Operations of one decoded token that are not views. Counted in transformers 5.23: 41 to 68 per layer
 #: outside of the experts, 9 to 18 in them. Those of ``replay`` are of gpt_oss; a test counts them. event_us
 #: is what docs/RESULTS.md has (the store's paths).
 RUNTIMES = {
-    "transformers": Runtime("transformers", 55, 10, 50, True, 25.0, waits=True),
-    "grouped": Runtime("grouped", 55, 10, 50, False, 25.0, waits=True),
+    "transformers": Runtime("transformers", 55, 10, 50, True, 25.0, waits=True, ahead=True),
+    "grouped": Runtime("grouped", 55, 10, 50, False, 25.0, waits=True, ahead=True),
     "replay": Runtime("replay", 5, 18, 3, True, 25.0, waits=True),
     "fused": Runtime("fused", 4, 2, 4, False, 2.0),
 }
@@ -136,13 +138,14 @@ class Roofline:
     """Times of a workload's events when everything is on the device.
 
     Attributes:
-        pre_ns_N, exec_ns_N: as in :class:`specgate.policy.costs.Costs`.
+        pre_ns_N, exec_ns_N, launch_ns_N: as in :class:`specgate.policy.costs.Costs`.
         shares: of the time of all events, by what bounds it: ``memory``, ``compute``, ``launches``, ``host``.
     """
 
     pre_ns_N: Nanoseconds
     exec_ns_N: Nanoseconds
     shares: dict[str, float] = field(default_factory=dict)
+    launch_ns_N: Nanoseconds | None = None
 
     @property
     def binds(self) -> str:
@@ -229,16 +232,16 @@ def roofline(
     exec_bound = np.where(ends.late_exec_N, 2, np.where(by_memory_N, 0, 1))
     event_host = len(ends.exec_N) * runtime.event_us * 1e3
     host = event_host + float(ends.host_N.sum())
-    total = float(ends.pre_N.sum() + ends.exec_N.sum()) + event_host
-    uploads = (hardware.upload_us or 0.0) * 1e3 if _waits(hardware, runtime) else 0.0
-    own_pre_N, own_exec_N = ends.pre_N - (ends.host_N - uploads), ends.exec_N - uploads
+    total = float(ends.unhidden_N.sum() + ends.exec_N.sum()) + event_host
+    sent = _sent_ns(hardware, runtime)
+    own_pre_N, own_exec_N = ends.unhidden_N - (ends.host_N - sent), ends.exec_N - sent
     spent = [
         float(own_pre_N[dense_bound == kind].sum() + own_exec_N[exec_bound == kind].sum())
         for kind in range(3)
     ]
     names = ("memory", "compute", "launches", "host")
     shares = {n: v / total if total else 0.0 for n, v in zip(names, [*spent, host], strict=True)}
-    return Roofline(ends.pre_N, ends.exec_N, shares)
+    return Roofline(ends.pre_N, ends.exec_N, shares, ends.launch_N)
 
 
 def _waits(hardware: Hardware, runtime: Runtime) -> bool:
@@ -246,11 +249,25 @@ def _waits(hardware: Hardware, runtime: Runtime) -> bool:
     return runtime.waits and hardware.readback_us is not None
 
 
+def _ahead(hardware: Hardware, runtime: Runtime) -> bool:
+    """Whether launches hide behind copies, and it is known what sending slots costs."""
+    return runtime.ahead and hardware.ahead and hardware.send_us is not None
+
+
+def _sent_ns(hardware: Hardware, runtime: Runtime) -> float:
+    """Of an event: sending the slots of its experts."""
+    if not _waits(hardware, runtime):
+        return 0.0
+    return 1e3 * ((hardware.send_us if _ahead(hardware, runtime) else hardware.upload_us) or 0.0)
+
+
 def _ends(work: Work, hardware: Hardware, runtime: Runtime) -> Ends:
     if not _waits(hardware, runtime):
         return answered_at_once(work)
-    readback, upload = 1e3 * (hardware.readback_us or 0.0), 1e3 * (hardware.upload_us or 0.0)
-    return waited_for(work, readback, upload, hardware.ahead)
+    readback, sent = 1e3 * (hardware.readback_us or 0.0), _sent_ns(hardware, runtime)
+    if _ahead(hardware, runtime):
+        return launched_ahead(work, readback, sent)
+    return waited_for(work, readback, sent, hardware.ahead)
 
 
 def _blocks(sizes: ModelSizes, stretch: int) -> int:
@@ -317,6 +334,7 @@ def costs_of(
         forecast_ns=forecast_us * 1e3,
         pre_ns_N=times.pre_ns_N,
         exec_ns_N=times.exec_ns_N,
+        launch_ns_N=times.launch_ns_N,
     )
 
 

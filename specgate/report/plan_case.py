@@ -243,13 +243,15 @@ def timing(
             file_latency_ns=base.file_latency_ns * ratio,
             pre_ns_N=_mean(times, 0, of.events),
             exec_ns_N=_mean(times, 1, of.events),
+            launch_ns_N=None if times.launch_ns_N is None else _mean(times, 2, of.events),
         )
 
     return Timing(stretched(case.train), stretched(work), sizes.layers / work.layers, times.shares)
 
 
 def _mean(times: Roofline, which: int, events: int) -> Any:
-    values = (times.pre_ns_N, times.exec_ns_N)[which]
+    values = (times.pre_ns_N, times.exec_ns_N, times.launch_ns_N)[which]
+    assert values is not None
     return np.full(events, float(values.mean()))
 
 

@@ -67,6 +67,7 @@ def runtime_of(shape: ModelShape, settings: ReplaySettings) -> Runtime:
         expert_launches=expert_operations(shape, settings.kernels),
         step_launches=FINISH_OPERATIONS - (0 if settings.head else 1),
         gathers=settings.kernels == "batched_mm",
+        ahead=settings.ahead,
     )
 
 
@@ -135,5 +136,6 @@ def costs_by_rows(costs: Costs, row: Row, rows: Sequence[Row], blocks: int, laye
         event_ns=costs.event_ns * scale,
         pre_ns_N=costs.pre_ns_N * scale,
         exec_ns_N=costs.exec_ns_N * scale,
+        launch_ns_N=None if costs.launch_ns_N is None else costs.launch_ns_N * scale,
         **more,
     )

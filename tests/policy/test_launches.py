@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specgate.policy.hardware import Hardware
-from specgate.policy.launches import Work, answered_at_once, waited_for
+from specgate.policy.launches import Work, answered_at_once, launched_ahead, waited_for
 from specgate.policy.roofline import RUNTIMES, Runtime, costs_of, roofline
 from tests.policy.machines import machine, sizes
 from tests.policy.test_roofline import one_token
@@ -25,6 +25,8 @@ def queue(
     layers: int,
     readback: float,
     upload: float,
+    ahead: bool = False,
+    copying: float = 0.0,
 ) -> list[float]:
     """When each event's router is known, operation by operation; the first of a part does all of its work.
 
@@ -46,8 +48,9 @@ def queue(
         run(counts[0], dense)
         host = max(host, device) + readback
         known.append(host)
-        host += upload
-        device = max(device, host)
+        there = host + copying
+        host = host + upload if ahead else there + upload
+        device = max(device, host, there)
         run(counts[1], experts)
     return known
 
@@ -87,6 +90,50 @@ def test_a_host_that_waits_against_a_queue(
     assert (found.host_N <= found.pre_N + found.exec_N + 1e-9).all()
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    dense=st.lists(TIMES, min_size=2, max_size=6),
+    experts=TIMES,
+    head=TIMES,
+    counts=st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 5)),
+    operation=st.floats(0.1, 30),
+    readback=st.floats(0, 50),
+    send=st.floats(0, 50),
+    copying=st.one_of(st.just(0.0), st.floats(0, 2000)),
+)
+def test_a_host_that_launches_ahead_against_a_queue(
+    dense: list[float], experts: float, head: float, counts: tuple[int, int, int], operation: float,
+    readback: float, send: float, copying: float,
+) -> None:  # fmt: skip
+    layers = 2
+    dense = dense[: len(dense) - len(dense) % layers]
+    N = len(dense)
+    work = Work(
+        dense_N=np.array(dense),
+        launches_N=np.full(N, counts[0] * operation),
+        experts_N=np.full(N, experts),
+        launch_experts=counts[1] * operation,
+        head_S=np.full(N // layers, head),
+        launch_head=counts[2] * operation,
+        operation=operation,
+        layers=layers,
+    )
+    found = launched_ahead(work, readback, send)
+    assert found.launch_N is not None
+    known = [max(found.pre_N[0], found.launch_N[0])]  # as the simulator does it, with so much copying
+    for n in range(1, N):
+        end = known[-1] + copying + found.exec_N[n - 1]
+        known.append(max(end + found.pre_N[n], known[-1] + found.launch_N[n]))
+    want = queue(dense, experts, head, counts, operation, layers, readback, send, True, copying)
+    late = np.diff(known) - np.diff(want)
+    if copying:
+        assert late.min() >= -1e-6, "never too fast"
+        assert late.max() <= send + 2 * operation + 1e-6, "what is sent, and begun, while experts are copied"
+    else:
+        assert late.tolist() == pytest.approx([0.0] * (N - 1), abs=1e-6)
+    assert known[0] == pytest.approx(want[0])
+
+
 def test_a_processor_does_both_one_after_the_other() -> None:
     work = Work(
         np.array([5.0, 7.0]), np.array([2.0, 2.0]), np.array([11.0, 11.0]), 3.0, np.array([13.0]), 1.0, 1.0, 2
@@ -120,6 +167,25 @@ def test_a_measured_profile_by_hand() -> None:
     assert found.shares["host"] == pytest.approx(waiting / total)
     assert sum(found.shares.values()) == pytest.approx(1)
     assert found.binds == "host"
+
+
+def test_a_measured_profile_by_hand_with_launches_ahead() -> None:
+    """As before, but 5 us to send slots, hidden behind whatever is copied."""
+    ahead = Runtime("ahead", 10, 4, 5, False, 3.0, waits=True, ahead=True)
+    found = costs_of(sizes(), one_token(), measured(send_us=5), runtime=ahead)
+    experts, begun = 2 * 2000 / 100, 5_000 + 1_000
+    assert found.exec_ns_N.tolist() == pytest.approx([begun + experts] * 2)
+    assert found.launch_ns_N is not None
+    assert found.launch_ns_N.tolist() == pytest.approx([35_000, 5_000 + 4_000 + 10_000 + 10_000])
+    assert found.pre_ns_N[0] == found.launch_ns_N[0]
+    dense = (700 * 2 + 16 * 2) / 100
+    assert found.pre_ns_N[1] == pytest.approx(10_000 + dense)
+    assert found.compute_ns == pytest.approx(35_000 + 29_000 + begun + experts + 2 * 3_000)
+    shares = roofline(sizes(), one_token(), measured(send_us=5), runtime=ahead).shares
+    assert sum(shares.values()) == pytest.approx(1)
+    assert min(shares.values()) >= 0
+    waiting = costs_of(sizes(), one_token(), measured(), runtime=ahead)
+    assert waiting.launch_ns_N is None, "a profile that does not say what sending costs"
 
 
 def test_an_engine_that_does_not_wait_is_not_slowed_down() -> None:

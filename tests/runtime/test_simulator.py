@@ -299,7 +299,7 @@ def test_forecasts_that_make_no_sense(field: str, value: Any, message: str) -> N
 
 
 def test_launches_hide_behind_waiting() -> None:
-    """The host takes 200 from router to router: 110 of copying and 100 of the device hide that, 100 do not."""
+    """200 of the host from router to router: 110 of copying and 100 of the device hide that, 100 do not."""
     w = calls([0], [0], [1])
     costs = costs_of(w, launch_ns_N=np.array([60.0, 200.0, 200.0]))
     result = simulate(w, costs, Rules(), 2)
