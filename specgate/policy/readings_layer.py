@@ -9,7 +9,9 @@ measures the parts of such a layer with tensors that are too small to keep a dev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from specgate.policy.readings import MIB, Reading, timed, waiter
 
 #: Operations of one call of :class:`SmallLayer` that are not views, by its parts.
 DENSE_OPERATIONS, EXPERT_OPERATIONS = 5, 18
+ROUND_NS = 20e6  # of one call over and over: the host's own time varies
 COPY_MIB = 64  # of the copy that the host waits for: longer than anything else in a layer
 
 
@@ -134,20 +137,49 @@ def read_host(device: torch.device, repeats: int) -> dict[str, dict[str, float]]
         copies()
         layer.experts(layer.send_ahead(slots))
 
+    copy_alone = _and(copies, wait)
+    calls = {"plain": plain, "reads": reads, "sends": sends, "goes": goes, "both": both}
+    calls |= {"alone": copy_alone, "copied": copied, "ahead": ahead}
     with torch.inference_mode():
-        found = {f.__name__: timed(f, wait, repeats) for f in (plain, reads, sends, goes, both)}
-        alone = timed(_and(copies, wait), wait, repeats)
-        after_copy = {f.__name__: timed(f, wait, repeats) for f in (copied, ahead)}
-    count = DENSE_OPERATIONS + EXPERT_OPERATIONS
+        found = in_turns(calls, wait, repeats)
     base = found["plain"]
+    count = DENSE_OPERATIONS + EXPERT_OPERATIONS
+
+    def besides(name: str, part: str = "plain") -> dict[str, float]:
+        return _reading([max(0.0, x - y) for x, y in zip(found[name], found[part], strict=True)])
+
     return {
-        "operation": Reading(base.ns / count, base.low / count, base.high / count).as_dict(),
-        "layer": base.as_dict(),
-        "readback": _less(found["reads"], base),
-        "upload": _less(found["sends"], base),
-        "send": _less(found["goes"], base),
-        "synchronous": found["both"].as_dict(),
-    } | {name: _less(reading, alone) for name, reading in after_copy.items()}
+        "operation": _reading([ns / count for ns in base]),
+        "layer": _reading(base),
+        "readback": besides("reads"),
+        "upload": besides("sends"),
+        "send": besides("goes"),
+        "synchronous": _reading(found["both"]),
+        "copied": besides("copied", "alone"),
+        "ahead": besides("ahead", "alone"),
+    }
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], object]], wait: Callable[[], None], repeats: int
+) -> dict[str, list[float]]:
+    """Nanoseconds of each call in every round; each round runs all of them, so that they share its noise."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):  # the first warms up
+        for name, call in calls.items():
+            wait()
+            begin, done = time.perf_counter_ns(), 0
+            while time.perf_counter_ns() - begin < ROUND_NS:
+                call()
+                done += 1
+            wait()
+            if turn:
+                found[name].append((time.perf_counter_ns() - begin) / done)
+    return found
+
+
+def _reading(taken: Sequence[float]) -> dict[str, float]:
+    return Reading(statistics.median(taken), min(taken), max(taken)).as_dict()
 
 
 def _and(first: Callable[[], None], then: Callable[[], None]) -> Callable[[], None]:
@@ -156,11 +188,6 @@ def _and(first: Callable[[], None], then: Callable[[], None]) -> Callable[[], No
         then()
 
     return both
-
-
-def _less(whole: Reading, part: Reading) -> dict[str, float]:
-    """How much longer ``whole`` takes, 0 or more; lowest and highest by the extremes of ``whole``."""
-    return Reading(*(max(0.0, ns - part.ns) for ns in (whole.ns, whole.low, whole.high))).as_dict()
 
 
 def read_gathered(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from specgate.policy import readings_layer
+from specgate.policy.operations import operations_of
 from specgate.policy.readings_layer import (
     DENSE_OPERATIONS,
     EXPERT_OPERATIONS,
@@ -16,7 +17,6 @@ from specgate.policy.readings_layer import (
     read_gathered,
     read_host,
 )
-from specgate.policy.operations import operations_of
 
 CPU = torch.device("cpu")
 
@@ -40,6 +40,7 @@ def test_a_slow_read_back_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(SmallLayer, "read_back", slow)
     monkeypatch.setattr(readings_layer, "COPY_MIB", 1)
+    monkeypatch.setattr(readings_layer, "ROUND_NS", 5e6)
     found = read_host(CPU, 3)
     assert 3e6 < found["readback"]["ns"] < 8e6
     assert found["upload"]["ns"] < 2e6
