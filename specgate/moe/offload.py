@@ -36,7 +36,7 @@ from specgate.moe.offload_state import Offloaded, not_whole, stays
 from specgate.moe.offload_verify import CheckpointExperts, verify_model
 from specgate.policy.priced import Priced
 from specgate.policy.reuse import Reuse
-from specgate.policy.reuse_online import ReuseCounter
+from specgate.policy.reuse_online import START, ReuseCounter
 from specgate.predictors.base import Predictor
 from specgate.predictors.router_lookahead import RouterLookahead
 from specgate.predictors.speculation import SpeculationParts, speculation_parts
@@ -359,7 +359,7 @@ def _know_reuse(runner: ExpertRunner, store: Store, plan: OffloadPlan, reuse: Re
     def tell(found: Reuse) -> None:
         store.set_reuse(found.half_life, share, found.intercept, found.slope)
 
-    tell(reuse or Reuse(half_life=64.0, intercept=0.0, slope=1.0, discount=share, nll=0.0))
+    tell(reuse or START)
     if reuse is None:
         runner.counter = ReuseCounter(plan.layers, plan.experts, plan.top_k, plan.slots, tell)
 
