@@ -21,7 +21,7 @@ LAST = 512
 TRIED = (4.0, 8.0, 11.0, 16.0, 32.0, 64.0)
 """Half-lives, in steps."""
 START = Reuse(half_life=11.0, intercept=-0.04, slope=0.93, discount=1.0, nll=0.0)
-"""Before the first fit: that of gpt-oss-20b's validation documents, with slots for a quarter of the experts."""
+"""Before the first fit: gpt-oss-20b's validation documents, with slots for a quarter of the experts."""
 
 
 class ReuseCounter:
