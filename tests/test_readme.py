@@ -179,6 +179,7 @@ COMMANDS: dict[str, Make | Run] = {
         },
     ),
     "python -m specgate.policy.measure": HELP,
+    "python -m specgate.report.validate": HELP,
     "python -m benchmarks.simulator": HELP,
     PACK: HELP,
     f"{PACK} moe=olmoe_ref": Run(("out={new}/a.experts",), prints_metrics=False),
