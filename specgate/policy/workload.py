@@ -60,10 +60,11 @@ class Forecasts:
     def from_dense(cls, p_PHE: NDArray[np.floating], least: float = 0.0) -> Forecasts:
         """Those of at least ``least`` (and above 0) of dense probabilities ``[P, H, E]``."""
         p_PHE = np.asarray(p_PHE, dtype=np.float32)
-        P = len(p_PHE)
+        P, H, _ = p_PHE.shape
         point_M, horizon_M, expert_M = np.nonzero((p_PHE >= least) & (p_PHE > 0))
         p_M = p_PHE[point_M, horizon_M, expert_M]
-        order = np.lexsort((expert_M, -p_M, horizon_M, point_M))
+        rank_M = (point_M * H + horizon_M) << 32  # one key: positive floats are in the order of their bits
+        order = np.argsort(rank_M + (2**32 - 1 - p_M.view(np.uint32).astype(np.int64)), kind="stable")
         start_P1 = np.zeros(P + 1, dtype=np.int64)
         np.cumsum(np.bincount(point_M, minlength=P), out=start_P1[1:])
         return cls(

@@ -112,7 +112,11 @@ def speed_table(rows: Sequence[Row], cell: tuple[str, int]) -> Table:
     )
     best = {
         share: max(
-            (r["tokens_per_second"] for r in mine if r["residency"] == share and not is_oracle(r["policy"])),
+            (
+                r["tokens_per_second"]
+                for r in mine
+                if r["residency"] == share and not is_oracle(r["policy"]) and not r.get("low_rate")
+            ),
             default=None,
         )
         for share in shares
@@ -132,15 +136,18 @@ def speed_table(rows: Sequence[Row], cell: tuple[str, int]) -> Table:
             texts.append(f"**{text}**" if speed == best[share] else text)
         table.rows.append([name, *texts])
     resident = next(iter(mine))
-    scored = f"{resident['documents']} documents scored"
-    if cell[1] > 1:
+    several = cell[1] > 1
+    scored = (
+        f"{resident['documents']} {'documents' if 'groups' in resident or not several else 'batches'} scored"
+    )
+    if several and "groups" in resident:
         scored += (
             f", dealt into {resident['groups']} batches; the intervals know which of these share documents"
         )
     table.notes = [
         f"{scored}; {resident['tokens']:,} tokens. With all experts on the device: "
         f"{figures(resident['tokens_per_second'] / resident['against_resident'])} tokens/s. Bold: the best "
-        "that knows no future; below the line those that do."
+        "that knows no future and changes no value; below the line those that do."
     ]
     return table
 
