@@ -59,14 +59,14 @@ def weights_of(
     With counts ``c_d`` of a resample: ``1 + k * sum over members of (c_d - 1)``. k is such that the variance
     of a weighted mean (divide by the sum of the weights) is right where a group's value is the sum of its
     members' own; what depends on who meets whom is counted more than once, so intervals are rather too wide.
-    For groups of one document the weight is ``c_d``. NaN where every group holds all documents: then nothing
-    tells how others would do.
+    For groups of one document the weight is ``c_d``. NaN where a deal makes one group only: too many of its
+    members are those of every other group to tell how other documents would do.
     """
     counts_RD = resampled(documents, resamples, seed)
     size = len(groups[0])
     if size == 1:
         return counts_RD[:, [g[0] for g in groups]].astype(np.float64)
-    if size == documents:
+    if documents < 2 * size:
         return np.full((resamples, len(groups)), np.nan)
     member_DG = np.zeros((documents, len(groups)))
     for g, members in enumerate(groups):

@@ -73,7 +73,9 @@ def test_intervals_are_as_wide_as_other_documents_would_make_them(chance: float)
     assert shared_nobody < 0.75 * true
 
 
-def test_all_documents_in_one_batch_have_no_interval() -> None:
-    weights = weights_of(groups_of(4, 4, 3, 0), 4, 100, 0)
+@pytest.mark.parametrize("size", [3, 4])
+def test_documents_of_one_batch_have_no_interval(size: int) -> None:
+    weights = weights_of(groups_of(4, size, 3, 0), 4, 100, 0)
     assert np.isnan(weights).all()
+    assert np.isfinite(weights_of(groups_of(4, 2, 3, 0), 4, 100, 0)).all()
     assert bounds(weights[:, 0]) == (None, None)
