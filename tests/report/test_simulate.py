@@ -185,7 +185,11 @@ def test_every_cell_holds_every_policy(record: dict[str, Any]) -> None:
         (batch, share, name) for batch in (1, 2) for share in (0.25, 0.5) for name in NAMES
     ]
     for row in rows:
-        assert row["tokens_per_second_low"] <= row["tokens_per_second"] <= row["tokens_per_second_high"]
+        low, speed, high = (row[f"tokens_per_second{x}"] for x in ("_low", "", "_high"))
+        if row["documents"] < 2 * row["batch"]:
+            assert low is high is None
+        else:
+            assert low <= speed <= high
         assert 0 < row["against_resident"] <= 1 + 1e-9
         assert row["slots"] >= (K if row["batch"] == 1 else 2)
     by = {(r["batch"], r["residency"], r["policy"]): r for r in rows}
