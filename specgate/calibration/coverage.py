@@ -37,12 +37,21 @@ class CoverageByDocument:
         shape = (documents, len(MODES), len(KINDS), sets.horizons, len(self.levels), 2)
         self.sums_DJQHC2 = torch.zeros(shape, dtype=torch.float64)
         self.events_DQH = torch.zeros(documents, len(KINDS), sets.horizons, dtype=torch.float64)
+        self.domain_D = torch.full((documents,), -1, dtype=torch.int64)
 
     @torch.no_grad()
     def update(
-        self, p_BTPHE: Tensor, experts_BTPHK: Tensor, valid_BTPH: Tensor, kind_PH: Tensor, document_B: Tensor
+        self,
+        p_BTPHE: Tensor,
+        experts_BTPHK: Tensor,
+        valid_BTPH: Tensor,
+        kind_PH: Tensor,
+        document_B: Tensor,
+        domain_B: Tensor | None = None,
     ) -> None:
-        """Add one batch (see ``specgate.traces.batch.targets``)."""
+        """Add one batch (see ``specgate.traces.batch.targets``); domains only matter to ``same_mix``."""
+        if domain_B is not None:
+            self.domain_D[document_B.cpu()] = domain_B.cpu()
         for kind, h0, points in slices(kind_PH, self.sets.horizons):
             chosen_BTP = valid_BTPH[..., points, h0]
             if not bool(chosen_BTP.any()):
@@ -59,9 +68,18 @@ class CoverageByDocument:
                     two_M2 = torch.stack([covered_M, (p_ME >= limit).sum(1).double()], 1).cpu()
                     self.sums_DJQHC2[:, j, kind, h0, c].index_add_(0, document_M, two_M2)
 
-    def rows(self, resamples: int = 1000, seed: int = 0) -> list[dict[str, Any]]:
+    def rows(
+        self, resamples: int = 1000, seed: int = 0, fitted: CoverageByDocument | None = None
+    ) -> list[dict[str, Any]]:
         """One dict per mode, kind, horizon and level: ``n``, ``documents``, ``coverage``, ``low``, ``high``
         (95 % interval from resampled documents), ``gap`` (coverage - level) and ``mean_size``.
+
+        Args:
+            fitted: the same sets' coverage of the documents that they were fitted on. The thresholds depend
+                on which documents these were as much as the coverage depends on which are scored; with it
+                rows have ``gap_low`` and ``gap_high``, an interval of the gap from resampled documents of
+                both, ``fit_documents``, and, if domains are known, ``same_mix``: coverage with every domain
+                weighing as much as it did among the documents fitted on.
         """
         found = []
         for j, mode in enumerate(MODES):
@@ -74,22 +92,55 @@ class CoverageByDocument:
                         covered_D, size_D = self.sums_DJQHC2[:, j, q, h0, c].numpy().T
                         coverage = float(covered_D.sum() / events_D.sum())
                         low, high = ratio_interval(covered_D, events_D, resamples, seed)
-                        found.append(
-                            {
-                                "mode": mode,
-                                "kind": kind,
-                                "horizon": h0 + 1,
-                                "level": level,
-                                "n": int(events_D.sum()),
-                                "documents": int((events_D > 0).sum()),
-                                "coverage": round(coverage, 5),
-                                "low": round(low, 5),
-                                "high": round(high, 5),
-                                "gap": round(coverage - level, 5),
-                                "mean_size": round(float(size_D.sum() / events_D.sum()), 4),
-                            }
-                        )
+                        row = {
+                            "mode": mode,
+                            "kind": kind,
+                            "horizon": h0 + 1,
+                            "level": level,
+                            "n": int(events_D.sum()),
+                            "documents": int((events_D > 0).sum()),
+                            "coverage": round(coverage, 5),
+                            "low": round(low, 5),
+                            "high": round(high, 5),
+                            "gap": round(coverage - level, 5),
+                            "mean_size": round(float(size_D.sum() / events_D.sum()), 4),
+                        }
+                        if fitted is not None:
+                            row |= self.against(fitted, (j, q, h0, c), level, resamples, seed)
+                        found.append(row)
         return found
+
+    def against(
+        self,
+        fitted: CoverageByDocument,
+        place: tuple[int, int, int, int],
+        level: float,
+        resamples: int,
+        seed: int,
+    ) -> dict[str, Any]:
+        """What :meth:`rows` adds with ``fitted``."""
+        j, q, h0, c = place
+        (part_D, whole_D), (old_part_D, old_whole_D) = (
+            (x.sums_DJQHC2[:, j, q, h0, c, 0].numpy(), x.events_DQH[:, q, h0].numpy()) for x in (self, fitted)
+        )
+        change_R = ratios(part_D, whole_D, resamples, seed) - ratios(
+            old_part_D, old_whole_D, resamples, seed + 1
+        )
+        usual = float(old_part_D.sum() / old_whole_D.sum()) - level  # the threshold's grid, at most ties
+        low, high = np.quantile(change_R + usual, [0.025, 0.975])
+        row = {
+            "gap_low": round(float(low), 5),
+            "gap_high": round(float(high), 5),
+            "fit_documents": int((old_whole_D > 0).sum()),
+        }
+        domain_D, old_domain_D = self.domain_D.numpy(), fitted.domain_D.numpy()
+        share = {g: old_whole_D[old_domain_D == g].sum() for g in np.unique(old_domain_D) if g >= 0}
+        share = {g: n for g, n in share.items() if whole_D[domain_D == g].sum() > 0}
+        if share:
+            of = {g: part_D[domain_D == g].sum() / whole_D[domain_D == g].sum() for g in share}
+            mixed = sum(share[g] * of[g] for g in share) / sum(share.values())
+            row["same_mix"] = round(float(mixed), 5)
+        return row
 
 
 class BudgetCheck:
@@ -150,11 +201,16 @@ def ratio_interval(
     part_D: Float, whole_D: Float, resamples: int = 1000, seed: int = 0, share: float = 0.95
 ) -> tuple[float, float]:
     """Percentile interval of sum(part) / sum(whole) when whole documents are drawn anew with replacement."""
+    ratio_R = ratios(part_D, whole_D, resamples, seed)
+    low, high = np.quantile(ratio_R, [(1 - share) / 2, (1 + share) / 2])
+    return float(low), float(high)
+
+
+def ratios(part_D: Float, whole_D: Float, resamples: int, seed: int) -> Float:
+    """sum(part) / sum(whole) of documents drawn anew with replacement, ``[R]``."""
     there_D = whole_D > 0
     part_D, whole_D = part_D[there_D], whole_D[there_D]
     draws_RD = np.random.default_rng(seed).multinomial(
         len(part_D), np.full(len(part_D), 1 / len(part_D)), size=resamples
     )
-    ratio_R = (draws_RD @ part_D) / (draws_RD @ whole_D)
-    low, high = np.quantile(ratio_R, [(1 - share) / 2, (1 + share) / 2])
-    return float(low), float(high)
+    return np.asarray((draws_RD @ part_D) / (draws_RD @ whole_D))

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from specgate.calibration.baseline import TokenStream, false_alarms, fit_baseline, watch
 from specgate.calibration.conformal import ConformalSets
 from specgate.calibration.coverage import BudgetCheck, CoverageByDocument
 from specgate.calibration.decay import confidence_decay
@@ -24,11 +25,9 @@ from specgate.calibration.load import check_compatible, find_checkpoint, load_pr
 from specgate.calibration.monitor import (
     DriftBaseline,
     DriftSettings,
-    TokenStream,
-    false_alarms,
-    fit_baseline,
-    token_residuals,
-    watch,
+    drift_groups,
+    score_names,
+    token_scores,
 )
 from specgate.errors import CheckpointError, ConfigError
 from specgate.metrics.classwise import DetailedCalibration
@@ -159,6 +158,8 @@ class Examination:
         self.predictor, self.device = predictor.to(device).eval(), device
         self.front = labels_of(data, trace, settings.split) | {"predictor": label}
         self.calibrators: dict[str, nn.Module] = {}
+        self.group_PH, groups = drift_groups(predictor.kinds.cpu())
+        self.groups, self.scores = len(groups), score_names(groups, predictor.top_k)
 
     def run(self, shifted: Mapping[str, RoutingDataModule]) -> dict[str, list[dict[str, Any]]]:
         """Everything, as lists of plain rows by name."""
@@ -166,8 +167,9 @@ class Examination:
         fits = self.fit_calibrators()
         self.predictor.calibrator = self.calibrators[self.settings.main]
         sets = fit_conformal(self.predictor, self.data.val_dataloader(), self.device, self.settings.seed)
-        stream, _ = self.scan(self.data.val_dataloader(), {}, self.data)
-        baseline = fit_baseline(stream, DriftSettings(**self.settings.drift))
+        fitted = CoverageByDocument(sets, len(self.data.documents), self.settings.levels)
+        stream, _ = self.scan(self.data.val_dataloader(), {}, self.data, fitted)
+        baseline = fit_baseline(stream, self.scores, DriftSettings(**self.settings.drift))
         batches = open_split(self.data, self.settings.split)
         look = {name: self.metrics(self.data) for name in self.calibrators}
         coverage = CoverageByDocument(sets, len(self.data.documents), self.settings.levels)
@@ -195,7 +197,7 @@ class Examination:
             "rows": rows,
             "fits": [self.front | row for row in fits],
             "conformal": [
-                self.front | row for row in coverage.rows(self.settings.resamples, self.settings.seed)
+                self.front | row for row in coverage.rows(self.settings.resamples, self.settings.seed, fitted)
             ],
             "budget": [self.front | row for row in budget.rows()],
             "decay": decay,
@@ -294,7 +296,7 @@ class Examination:
                     "ece_noise": round(noise, 6),
                     "ratio": _ratio(here, there),
                     "errors": errors,
-                    "monitor": watch(baseline, stream.select(domain_N == g)).report(),
+                    "monitor": watch(baseline, stream.select(domain_N == g).by_document()).report(),
                 }
             )
         return found
@@ -312,7 +314,6 @@ class Examination:
         """
         parts, domains = [], []
         predictor, main = self.predictor, self.settings.main
-        bins = DriftSettings(**self.settings.drift).bins
         for batch, logits_BTPHE in forecast_stream(predictor, batches, self.device):
             experts_BTPHK, valid_BTPH = targets(batch, predictor.lookahead)
             kinds = predictor.kinds
@@ -326,14 +327,34 @@ class Examination:
             if main not in look:
                 p_BTPHE = self.calibrators[main](logits_BTPHE.float(), kinds)
             if coverage is not None:
-                coverage.update(p_BTPHE, experts_BTPHK, valid_BTPH, kinds, batch.document_B)
+                coverage.update(p_BTPHE, experts_BTPHK, valid_BTPH, kinds, batch.document_B, batch.domain_B)
             if budget is not None:
                 budget.update(p_BTPHE, experts_BTPHK, valid_BTPH, kinds)
-            part, domain_N = token_stream(p_BTPHE, experts_BTPHK, valid_BTPH, batch, bins)
+            part, domain_N = self.scored(p_BTPHE, experts_BTPHK, valid_BTPH, batch)
             parts.append(part)
             domains.append(domain_N)
         self.domain_N = np.concatenate(domains)
         return TokenStream.join(parts), self.domain_N
+
+    def scored(
+        self, p_BTPHE: Tensor, experts_BTPHK: Tensor, valid_BTPH: Tensor, batch: RoutingBatch
+    ) -> tuple[tuple[Any, Any], Any]:
+        """What the monitor sees of a batch: scores and documents, token by token; and the domains."""
+        b_M, t_M, p_M, h_M = valid_BTPH.nonzero().unbind(1)
+        seen_BT = valid_BTPH.flatten(2).any(-1)
+        number_BT = (seen_BT.flatten().cumsum(0) - 1).view_as(seen_BT)
+        group_M = self.group_PH.to(p_M.device)[p_M, h_M]
+        score_NF = token_scores(
+            p_BTPHE[valid_BTPH],
+            experts_BTPHK[valid_BTPH],
+            group_M,
+            number_BT[b_M, t_M],
+            int(seen_BT.sum()),
+            self.groups,
+        )
+        b_N = seen_BT.nonzero()[:, 0]
+        document_N = batch.document_B[b_N].cpu().numpy()
+        return (score_NF, document_N), batch.domain_B[b_N].cpu().numpy()
 
     def metrics(self, data: RoutingDataModule) -> DetailedCalibration:
         p = self.predictor
@@ -344,22 +365,6 @@ class Examination:
     def shape(self) -> dict[str, Any]:
         p = self.predictor
         return {"learned": p.learned, "layers": p.layers, "experts": p.experts, "top_k": p.top_k}
-
-
-def token_stream(
-    p_BTPHE: Tensor, experts_BTPHK: Tensor, valid_BTPH: Tensor, batch: RoutingBatch, bins: int
-) -> tuple[TokenStream, Any]:
-    """What the monitor sees of a batch (all kinds and horizons together), token by token, and the domains."""
-    b_M, t_M = valid_BTPH.nonzero()[:, :2].unbind(1)
-    seen_BT = valid_BTPH.flatten(2).any(-1)
-    number_BT = (seen_BT.flatten().cumsum(0) - 1).view_as(seen_BT)
-    tokens = int(seen_BT.sum())
-    residual_NC, cells_N = token_residuals(
-        p_BTPHE[valid_BTPH], experts_BTPHK[valid_BTPH], number_BT[b_M, t_M], tokens, bins
-    )
-    b_N = seen_BT.nonzero()[:, 0]
-    document_N = batch.document_B[b_N].cpu().numpy()
-    return TokenStream(residual_NC, cells_N, document_N), batch.domain_B[b_N].cpu().numpy()
 
 
 def same_host(data: RoutingDataModule, other: RoutingDataModule) -> bool:

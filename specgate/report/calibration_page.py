@@ -96,12 +96,31 @@ def coverage_table(rows: Sequence[Row]) -> Table:
                     cells.append(f"{percent(row['coverage'])} [{low}, {high}], {row['mean_size']:.1f}")
                 table.rows.append([title, KIND_TITLES[kind], horizon_name(horizon), *cells])
                 title = ""
-    worst = max(abs(row["gap"]) for row in rows)
     table.notes = [
-        f"Largest distance from nominal: {100 * worst:.2f} points, over {rows[0]['documents']} documents. "
-        "All: P(all K used experts are in the set); each: expected share of them that is."
+        f"{coverage_said(rows)} All: P(all K used experts are in the set); each: expected share of them that "
+        "is."
     ]
     return table
+
+
+def coverage_said(rows: Sequence[Row]) -> str:
+    """How far coverage is from nominal, and how much of that is which documents were drawn."""
+    worst = max(rows, key=lambda row: abs(row["gap"]))
+    text = (
+        f"Conformal sets cover within {100 * abs(worst['gap']):.2f} points of nominal on "
+        f"{worst['documents']} documents"
+    )
+    if "gap_low" in worst:
+        low, high = 100 * worst["gap_low"], 100 * worst["gap_high"]
+        text += (
+            f" (the largest gap is {100 * worst['gap']:+.2f}, 95 % interval [{low:+.2f}, {high:+.2f}] when "
+            f"these and the {worst['fit_documents']} documents fitted on are both drawn anew"
+        )
+        if all("same_mix" in row for row in rows):
+            mixed = max(abs(row["same_mix"] - row["level"]) for row in rows)
+            text += f"; with every domain as frequent as among those, within {100 * mixed:.2f}"
+        text += ")"
+    return text + "."
 
 
 def budget_table(rows: Sequence[Row]) -> Table:
@@ -196,12 +215,15 @@ def drift_table(drift: Row, shifted: Sequence[Row]) -> Table:
             if report["drifted"]:
                 table.strong.add(len(table.rows) - 1)
     settings = drift["settings"]
+    short = ""
+    if "rate_beginnings" in alarms:
+        short = f", of the first {settings['half']} tokens of each {alarms['rate_beginnings']:.1%}"
     table.notes = [
         f"The monitor's threshold is {drift['threshold']:.1f}, for false alarms in "
         f"{settings['alarm_rate']:.0%} of streams of {settings['stream']:,} in-domain tokens (from "
         f"{drift['documents']} validation documents); on the scored documents {alarms['rate']:.1%} of "
-        f"{alarms['streams']} such streams raised one. In-domain rows are streams of one domain alone, which "
-        "it was not made to pass. Of noise: the error that honest probabilities would show on so few events."
+        f"{alarms['streams']} such streams raised one{short}. In-domain rows are streams of one domain "
+        "alone, which it was not made to pass. Of noise: the error that honest probabilities would show on so few events."
     ]
     return table
 
@@ -213,12 +235,11 @@ def verdict(record: Mapping[str, Any]) -> list[str]:
         own = {"trace": trace, "predictor": predictor}
         rows = select(record["rows"], **own, calibrator=record["main"])
         worst = max(rows, key=lambda row: row["ece"])
-        gap = max(abs(row["gap"]) for row in select(record["conformal"], **own))
         (drift,) = select(record["drift"], **own)
         line = (
             f"{trace}, {predictor}: after calibration ({record['main']}) the calibration error is at most "
             f"{worst['ece']:.4f} (at {horizon_name(worst['horizon'])}, {KIND_TITLES[worst['kind']]}). "
-            f"Conformal sets cover within {100 * gap:.2f} points of nominal. "
+            f"{coverage_said(select(record['conformal'], **own))} "
             f"{drift['false_alarms']['rate']:.1%} of in-domain streams of {drift['settings']['stream']:,} "
             "tokens raise a drift alarm."
         )

@@ -175,6 +175,46 @@ def test_coverage_by_document_counts_and_intervals_know_of_documents() -> None:
     assert high - low == pytest.approx(2 * 1.96 * (0.25 / 10) ** 0.5, rel=0.15)
 
 
+def test_the_gap_scatters_with_the_documents_fitted_on_too() -> None:
+    """Thresholds from few unlike documents: the interval over scored documents alone misses the level far too
+    often, the one over both seldom. The oracle is the repetition of the whole experiment."""
+    generator = np.random.default_rng(0)
+    missed_old, missed_new = 0, 0
+    for _ in range(60):
+        score = [
+            generator.normal(size=(25, 1)) + generator.normal(size=(25, 200)) for _ in range(2)
+        ]  # the scores of a document are alike
+        limit = np.quantile(score[0], 0.2)
+        looks = []
+        for x_DN in score:
+            look = CoverageByDocument(ConformalSets(1, 2), documents=25, levels=(0.8,))
+            look.events_DQH[:, 0, 0] = 200.0
+            look.sums_DJQHC2[:, :, 0, 0, 0, 0] = torch.from_numpy((x_DN >= limit).sum(1).astype(float))[
+                :, None
+            ]
+            looks.append(look)
+        row = looks[1].rows(300, 0, looks[0])[0]
+        assert row["gap_low"] <= row["gap"] <= row["gap_high"]
+        missed_old += not row["low"] <= 0.8 <= row["high"]
+        missed_new += not row["gap_low"] <= 0 <= row["gap_high"]
+    assert missed_new <= 9 < missed_old
+
+
+def test_same_mix_weighs_domains_as_they_were_fitted() -> None:
+    looks = []
+    for domains, covered in (([0, 0, 0, 1], [8, 8, 8, 8]), ([0, 1, 1, 2], [9, 5, 7, 1])):
+        look = CoverageByDocument(ConformalSets(1, 2), documents=4, levels=(0.8,))
+        look.events_DQH[:, 0, 0] = 10.0
+        look.sums_DJQHC2[:, :, 0, 0, 0, 0] = torch.tensor(covered, dtype=torch.float64)[:, None]
+        look.domain_D = torch.tensor(domains)
+        looks.append(look)
+    row = looks[1].rows(50, 0, looks[0])[0]
+    assert row["coverage"] == pytest.approx(22 / 40)
+    assert row["same_mix"] == pytest.approx(0.75 * 0.9 + 0.25 * 0.6)  # domain 2 was not fitted on
+    assert row["fit_documents"] == 4
+    assert "same_mix" not in looks[1].rows(50, 0)[0]
+
+
 def test_budget_check_sums_over_batches() -> None:
     sets = fitted(3)
     p, used, valid = honest_batch(3, 60)

@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
     "cells": {"temperature": 5000, "vector": 2000, "isotonic": 5000},
     "budget_experts": [2, 4],
     "resamples": 50,
-    "drift": {"bins": 4, "block": 8, "stream": 64, "splits": 4, "streams": 5},
+    "drift": {"half": 16, "block": 8, "stream": 64, "splits": 4, "streams": 5},
 }
 
 
@@ -61,7 +61,7 @@ def test_mode_calibration_measures_publishes_and_is_kept(
     arguments = [
         f"+calibrate.drift.{k}={v}" for k, v in SETTINGS["drift"].items() if k in ("splits", "streams")
     ]
-    arguments += [f"calibrate.drift.{k}={SETTINGS['drift'][k]}" for k in ("bins", "block", "stream")]
+    arguments += [f"calibrate.drift.{k}={SETTINGS['drift'][k]}" for k in ("half", "block", "stream")]
     arguments += [
         "calibrate.cells={temperature: 5000, vector: 2000, isotonic: 5000}",
         "calibrate.resamples=50",
