@@ -174,7 +174,7 @@ class Runner:
         store: ExpertStore,
         foresight: str | None = None,
         resident: bool = False,
-        ahead: bool = False,
+        ahead: bool = True,
     ) -> None:
         self.body, self.experts, self.store = body, experts, store
         self.foresight, self.clock, self.ahead = foresight, 0, ahead

@@ -124,7 +124,7 @@ class ReplaySettings:
     dense: bool = True
     head: bool = True
     kernels: str = "batched_mm"
-    ahead: bool = False
+    ahead: bool = True
     prefetch_mib: int = 64
     price_scale: float = 0.5
     timeline_tokens: int = 3

@@ -141,7 +141,8 @@ def settings_of(record: Mapping[str, Any]) -> ReplaySettings:
     known = {f.name for f in fields(ReplaySettings)}
     try:
         found: Mapping[str, Any] = record["config"]["replay"]
-        return ReplaySettings(**{name: value for name, value in found.items() if name in known})
+        older = {"ahead": False}  # records that do not say waited for the copies
+        return ReplaySettings(**older | {name: value for name, value in found.items() if name in known})
     except (KeyError, TypeError) as error:
         raise ConfigError(
             f"This record does not say how it was replayed ({error}); give the folder of a finished run."
