@@ -128,7 +128,7 @@ class Runtime:
 RUNTIMES = {
     "transformers": Runtime("transformers", 55, 10, 50, True, 25.0, waits=True, ahead=True),
     "grouped": Runtime("grouped", 55, 10, 50, False, 25.0, waits=True, ahead=True),
-    "replay": Runtime("replay", 5, 18, 3, True, 25.0, waits=True),
+    "replay": Runtime("replay", 5, 18, 3, True, 25.0, waits=True, ahead=True),
     "fused": Runtime("fused", 4, 2, 4, False, 2.0),
 }
 
