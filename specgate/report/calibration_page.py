@@ -223,7 +223,8 @@ def drift_table(drift: Row, shifted: Sequence[Row]) -> Table:
         f"{settings['alarm_rate']:.0%} of streams of {settings['stream']:,} in-domain tokens (from "
         f"{drift['documents']} validation documents); on the scored documents {alarms['rate']:.1%} of "
         f"{alarms['streams']} such streams raised one{short}. In-domain rows are streams of one domain "
-        "alone, which it was not made to pass. Of noise: the error that honest probabilities would show on so few events."
+        "alone, which it was not made to pass. Of noise: the error that honest probabilities would show on "
+        "so few events."
     ]
     return table
 
