@@ -167,8 +167,8 @@ COMMANDS: dict[str, Make | Run] = {
         },
     ),
     "python benchmark.py mode=simulate data=gpt_oss_20b shape=gpt_oss_20b "
-    "checkpoints=[outputs/train/my_run] 'simulate.policies=[lru,priced,\"rl steps=100000 seed=0\","
-    "\"rl steps=100000 seed=1\",\"rl algorithm=dqn\",bandit,oracle]'": Run(
+    'checkpoints=[outputs/train/my_run] \'simulate.policies=[lru,priced,"rl steps=100000 seed=0",'
+    '"rl steps=100000 seed=1","rl algorithm=dqn",bandit,oracle]\'': Run(
         (*SCORE, "simulate.resamples=100", "'simulate.residency=[0.5]'", "'simulate.hardware=[rtx3090]'"),
         {
             "shape=gpt_oss_20b": "shape=tiny",
