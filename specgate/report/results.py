@@ -22,9 +22,9 @@ from specgate.report.record import describe_hardware, read_record, write_json
 from specgate.report.replay_page import is_replay, replay_section, slim_replay
 from specgate.report.running import is_running, running_section, slim_running
 from specgate.report.simulate_page import (
-    draw_regrets,
+    draw_simulations,
     is_simulation,
-    regret_picture,
+    simulation_pictures,
     simulation_section,
     slim_simulation,
 )
@@ -145,7 +145,7 @@ def _section(name: str, record: Mapping[str, Any]) -> list[str]:
         return zoo.section(name, record)
     for is_it, _, section in OTHERS:
         if is_it(record):
-            picture = regret_picture(name, record)
+            picture = simulation_pictures(name, record)
             return [f"## {name}", "", *_origin(record), "", *section(record), *picture, ""]
     rows, load = scored_rows(record), record.get("load", {})
     split = record.get("split", "test")
@@ -199,7 +199,7 @@ def make(out: Path, runs: Sequence[str] = (), name: str | None = None) -> Path:
     out.write_text(markdown(records), encoding="utf-8")
     zoo.draw_all(records, out.parent / "images")
     draw_validations(records, out.parent / "images")
-    draw_regrets(records, out.parent / "images")
+    draw_simulations(records, out.parent / "images")
     return out
 
 

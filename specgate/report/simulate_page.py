@@ -369,16 +369,23 @@ def simulation_section(record: Mapping[str, Any]) -> list[str]:
     return section(INTRODUCTION, about(record), tables_of(record))
 
 
-def draw_regrets(records: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """The pictures of regret that :func:`regret_picture` names."""
+def draw_simulations(records: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """The pictures that :func:`simulation_pictures` names."""
     for name, record in records.items():
-        if is_simulation(record) and has_bandit(record):
-            folder.mkdir(parents=True, exist_ok=True)
+        if not is_simulation(record):
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = [row for row in record["rows"] if " " not in row["policy"] and row["policy"] != "bandit"]
+        draw(plain).savefig(folder / f"{name}-policies.png", metadata={"Software": None})
+        if has_bandit(record):
             draw_regret(record["choices"]).savefig(folder / f"{name}-regret.png", metadata={"Software": None})
 
 
-def regret_picture(name: str, record: Mapping[str, Any]) -> list[str]:
-    """Markdown that shows a record's picture of regret, if it has one."""
-    if not (is_simulation(record) and has_bandit(record)):
+def simulation_pictures(name: str, record: Mapping[str, Any]) -> list[str]:
+    """Markdown that shows a record's pictures; none of another mode's record."""
+    if not is_simulation(record):
         return []
-    return [f"![{REGRET}](images/{name}-regret.png)", "", REGRET, ""]
+    about_them = [("policies", CAPTION), *([("regret", REGRET)] if has_bandit(record) else [])]
+    return [
+        line for kind, text in about_them for line in (f"![{text}](images/{name}-{kind}.png)", "", text, "")
+    ]
