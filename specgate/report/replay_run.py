@@ -2,8 +2,8 @@
 
 The order of a layer's work is that of a real model: its dense part (attention and router) as one matrix of
 the same size, then the router's choice, which the host waits for, then one event of the store, the experts by
-the kernels that transformers decodes with, the release. What is foreseen is asked for once the layer's own
-experts are on their way. A resident model asks nothing of the host within a token.
+the kernels that transformers decodes with, the release. What is foreseen is asked for while the device
+computes. A resident model asks nothing of the host within a token.
 
 Letters: L MoE layers, E experts, K experts per token, D hidden size, M rows of a layer's dense part, S slots,
 V token ids.
