@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 
 from specgate.report.canvas import panels, tidy
@@ -342,10 +343,11 @@ def draw(rows: Sequence[Row]) -> Figure:
 
 
 def _ticks(speeds: Sequence[float], row: Row) -> list[float]:
-    """1, 2 and 5 times powers of ten that lie within the speeds."""
+    """1, 2 and 5 times powers of ten near the speeds, or round numbers where these are too close together."""
     low, high = min(speeds), max([*speeds, row["tokens_per_second"] / row["against_resident"]])
     every = [m * 10.0**e for e in range(-4, 7) for m in (1, 2, 5)]
-    return [tick for tick in every if low * 0.8 <= tick <= high * 1.25]
+    found = [tick for tick in every if low * 0.8 <= tick <= high * 1.25]
+    return found if len(found) > 2 else [float(tick) for tick in MaxNLocator(5).tick_values(low, high)]
 
 
 def publish_simulation(record: Mapping[str, Any], directory: Path, console: Console | None = None) -> Path:
