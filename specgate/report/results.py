@@ -16,6 +16,7 @@ from typing import Any
 from specgate.errors import SpecgateError
 from specgate.report import zoo
 from specgate.report.calibration_page import calibration_section, is_calibration, slim_calibration
+from specgate.report.file_tier_page import file_tier_section, is_file_tier, slim_file_tier
 from specgate.report.live_page import is_live, live_section, slim_live
 from specgate.report.quantized_page import is_quantized, quantized_section, slim_quantized
 from specgate.report.record import describe_hardware, read_record, write_json
@@ -33,6 +34,7 @@ from specgate.report.simulator_page import (
     simulator_speed_section,
     slim_simulator_speed,
 )
+from specgate.report.speculation_page import is_speculation, slim_speculation, speculation_section
 from specgate.report.store_paths_page import is_store_paths, slim_store_paths, store_paths_section
 from specgate.report.style import scored_rows, slug, traces_of
 from specgate.report.tables import calibration_table, detail_table, summary_table, trace_table
@@ -85,6 +87,8 @@ OTHERS: tuple[
     (is_live, slim_live, live_section),
     (is_simulator_speed, slim_simulator_speed, simulator_speed_section),
     (is_store_paths, slim_store_paths, store_paths_section),
+    (is_speculation, slim_speculation, speculation_section),
+    (is_file_tier, slim_file_tier, file_tier_section),
 )
 """Records that are no scores of predictors: how to tell one, what to keep of it, its section."""
 
