@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,10 +34,10 @@ from specgate.moe.offload_kernels import (
     pages_of,
     plain_attributes,
     run_original,
-    to_device,
     used_experts,
 )
 from specgate.moe.offload_slots import Resident, Store, Visits
+from specgate.small_tensors import to_device
 
 #: Told of every call once its experts are there: layer, routing, weights (the arguments of the module).
 Observer = Callable[[int, Tensor, Tensor], None]
@@ -222,9 +223,14 @@ class ExpertRunner:
     def prefetch(self, layer: int, wanted: Sequence[tuple[int, float]], horizon: int) -> None:
         """Experts (and probabilities) that may be needed ``horizon`` MoE layers after the last call."""
         with self._lock:
-            due, every = self.clock + horizon, getattr(self.store, "prefetch_all", None)
-            if every is not None:
-                every(layer, wanted, due)
+            due, store = self.clock + horizon, cast(Any, self.store)
+            if hasattr(store, "foresee"):
+                first, count = layer * store.experts, len(wanted)
+                store.foresee(
+                    np.fromiter((first + expert for expert, _ in wanted), np.uint32, count),
+                    np.fromiter((p for _, p in wanted), np.float64, count),
+                    np.full(count, due, np.int64),
+                )
                 return
             for expert, p in wanted:
                 self.store.prefetch(layer, expert, p, due)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from specgate.errors import ConfigError
+from specgate.small_tensors import to_device
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 MAX_GROUPS = 1023  # groups of one grouped matrix product (torch: fewer than 1024)
@@ -151,17 +152,6 @@ class Rows:
         for expert, slot in zip(experts, slots, strict=True):
             table_E[expert] = slot - base
         return to_device(table_E, self._index_NK.device)[self._index_NK]
-
-
-def to_device(values: list[int], device: torch.device) -> Tensor:
-    """Integers on a device, int64.
-
-    Nothing is waited for: a plain copy would wait for all that the stream waits for, the experts' copies with
-    it, and kernels would be launched only after them.
-    """
-    if device.type != "cuda":
-        return torch.tensor(values)
-    return torch.tensor(values, pin_memory=True).to(device, non_blocking=True)
 
 
 def pages_of(

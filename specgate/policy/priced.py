@@ -32,6 +32,7 @@ class Priced(Policy):
         entropy_high: normalised entropy of the next event's forecast above which it is unsure.
         backlog_high: mean events of work that the link may be behind.
         price_scale: factor on the price of the link where demands can interrupt a prefetch.
+        price_floor: the least price of the link.
         discount: of value per step, that is after all L events of one; None: the chance that a slot of an LRU
             cache is not handed over in that time (specgate.policy.reuse).
         half_life: of uses, in steps; None fits it.
@@ -52,6 +53,7 @@ class Priced(Policy):
         entropy_high: float = 0.9,
         backlog_high: float = 4.0,
         price_scale: float = 0.6,
+        price_floor: float = 0.2,
         discount: float | None = 0.3,
         half_life: float | None = None,
         calibrated: bool = True,
@@ -66,12 +68,14 @@ class Priced(Policy):
         self.depth = check_depth(self.name, depth)
         self.foresight = max(check_depth(self.name, foresight, "foresight"), self.depth)
         self.adaptive, self.entropy_high, self.backlog_high = adaptive, entropy_high, backlog_high
-        self.price_scale, self.discount, self.half_life = price_scale, discount, half_life
+        self.price_scale, self.price_floor = price_scale, price_floor
+        self.discount, self.half_life = discount, half_life
         self.approximate, self.low_share = approximate, low_share
         Rules(  # checks them
             entropy_high=entropy_high,
             backlog_high=backlog_high,
             price_scale=price_scale,
+            price_floor=price_floor,
             discount=1.0 if discount is None else discount,
             half_life=1.0 if half_life is None else half_life,
         )
@@ -94,6 +98,7 @@ class Priced(Policy):
             entropy_high=self.entropy_high,
             backlog_high=self.backlog_high,
             price_scale=self.price_scale,
+            price_floor=self.price_floor,
             discount=reuse.discount if self.discount is None else self.discount ** (1 / train.layers),
             half_life=reuse.half_life,
             intercept=reuse.intercept,

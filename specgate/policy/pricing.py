@@ -33,15 +33,18 @@ def saved_time(
     return min(max(load_ns - late_ns, 0.0), load_ns)
 
 
-def price_of_link(utilisation: float, interruptible: bool, price_scale: float = 1.0) -> float:
+def price_of_link(
+    utilisation: float, interruptible: bool, price_scale: float = 1.0, price_floor: float = 0.0
+) -> float:
     """Price of a nanosecond of the link: the share of its time that demands use.
 
     Args:
         utilisation: 0 to 1, running mean.
         interruptible: whether a demand stops a prefetch at its next chunk instead of waiting for its end.
         price_scale: factor where it is.
+        price_floor: the least price, since a fetch costs energy and the host's time on a link that is free.
     """
-    return utilisation * price_scale if interruptible else utilisation
+    return max(price_floor, utilisation * price_scale if interruptible else utilisation)
 
 
 def cost_of_fetch(value_victim: float, load_ns: float, price: float, copy_ns: float) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from specgate.moe.hosts import quiet_imports
 from specgate.policy.readings import MIB, Reading, timed, waiter
+from specgate.small_tensors import to_device
 
 #: Operations of one call of :class:`SmallLayer` that are not views, by its parts.
 DENSE_OPERATIONS, EXPERT_OPERATIONS = 5, 18
@@ -82,8 +83,7 @@ class SmallLayer:
 
     def send_ahead(self, slots: list[int]) -> Tensor:
         """Slots to the device; the host goes on at once."""
-        staged_1K = torch.tensor([slots], pin_memory=self.device.type == "cuda")
-        return staged_1K.to(self.device, non_blocking=True)
+        return to_device(slots, self.device)[None]
 
 
 def read_host(device: torch.device, repeats: int) -> dict[str, dict[str, float]]:

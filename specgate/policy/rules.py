@@ -73,7 +73,7 @@ class Rules:
             n is the last event whose router has chosen, the next event of a layer lies after it (n + 1 to
             n + L).
         price_scale: factor on the link's utilisation as the price of a prefetch where a demand can interrupt
-            it (``link_chunk_bytes`` > 0).
+            it (``link_chunk_bytes`` > 0). price_floor: the least such price.
         low_bytes: bytes of an approximate copy of an expert, fetched where p is below break-even for all
             bytes but above it for these; 0: never. Changes values: only where the user allows it.
     """
@@ -97,6 +97,7 @@ class Rules:
     intercept: float = 0.0
     slope: float = 1.0
     price_scale: float = 1.0
+    price_floor: float = 0.0
     low_bytes: int = 0
 
     def __post_init__(self) -> None:
@@ -110,7 +111,15 @@ class Rules:
                 f"depth={self.depth} is no horizon; choose 1 (the next event) to {MAX_DEPTH}, "
                 "and prefetch=none to fetch nothing ahead."
             )
-        for name in ("load_rise", "full_rise", "host_rise", "price_scale", "backlog_high", "entropy_high"):
+        for name in (
+            "load_rise",
+            "full_rise",
+            "host_rise",
+            "price_scale",
+            "price_floor",
+            "backlog_high",
+            "entropy_high",
+        ):
             value = float(getattr(self, name))
             if math.isnan(value) or value < 0:
                 raise ConfigError(f"{name}={value} is negative or no number; choose 0 or more.")

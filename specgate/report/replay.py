@@ -217,6 +217,8 @@ class Replay:
         settings = StoreSettings(
             eviction=kind.eviction,
             price_scale=self.settings.price_scale if kind.eviction == "priced" else None,
+            price_floor=self.settings.price_floor,
+            prefetch_depth=self.settings.depth if kind.eviction == "priced" else 0,
             prefetch_copy_bytes=self.settings.prefetch_mib << 20,
             prefetch_read_bytes=self.settings.prefetch_mib << 20,
             timeline=1 << 20 if watched else 0,

@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specgate.errors import ConfigError
-from specgate.moe.offload_kernels import MAX_GROUPS, Face, to_device
+from specgate.moe.offload_kernels import MAX_GROUPS, Face
 from specgate.report.replay_shape import ModelShape
 from specgate.report.replay_trace import Asked, Document, asked_of
 from specgate.report.spans import Marks, Span
 from specgate.runtime.store import ExpertStore
+from specgate.small_tensors import to_device
 
 KERNELS = ("batched_mm", "grouped_mm")
 
@@ -271,4 +272,4 @@ class Runner:
     def _ask(self, asked: Asked | None) -> None:
         if asked is not None:
             blocks_N, p_N, horizons_N = asked
-            self.store.prefetch_many(blocks_N, p_N, self.clock + horizons_N)
+            self.store.foresee(blocks_N, p_N, self.clock + horizons_N)

@@ -100,7 +100,9 @@ class ReplaySettings:
         kernels: ``batched_mm`` or ``grouped_mm``.
         ahead: on a GPU, whether slots go over without the host waiting for the copies, as in
             ``specgate.offload``, so that kernels are launched meanwhile.
-        price_scale: factor on the price of the link, for ``priced``.
+        price_scale: factor on the price of the link, for ``priced``. price_floor: the least such price.
+        depth: calls ahead that ``priced`` fetches for; what is foreseen beyond them guides eviction alone, 0
+            fetches for all.
         prefetch_mib: forecast bytes in flight at most, what a demanded expert can find before it on the link.
         timeline_tokens: tokens in the timeline's picture and file.
         device, seed: as elsewhere.
@@ -127,6 +129,8 @@ class ReplaySettings:
     ahead: bool = True
     prefetch_mib: int = 64
     price_scale: float = 0.5
+    price_floor: float = 0.2
+    depth: int = 4
     timeline_tokens: int = 3
     device: str = "auto"
     seed: int = 0
@@ -142,11 +146,20 @@ class ReplaySettings:
             raise ConfigError(f"replay.residency={shares} are no shares; write numbers above 0 and up to 1.")
         if len(self.checkpoints) > 1:
             raise ConfigError(f"replay.checkpoints names {len(self.checkpoints)} predictors; name one.")
-        if not (math.isfinite(self.price_scale) and self.price_scale >= 0):
-            raise ConfigError(f"replay.price_scale={self.price_scale} is no factor; write 0 or more.")
+        for name in ("price_scale", "price_floor"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ConfigError(f"replay.{name}={getattr(self, name)} is no factor; write 0 or more.")
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"replay.threshold={self.threshold} is no probability; write 0 to 1.")
-        least = {"lookahead": 1, "documents": 1, "tokens": 1, "warmup": 0, "repeats": 1, "prefetch_mib": 1}
+        least = {
+            "lookahead": 1,
+            "documents": 1,
+            "tokens": 1,
+            "warmup": 0,
+            "repeats": 1,
+            "prefetch_mib": 1,
+            "depth": 0,
+        }
         for name, low in (least | {"timeline_tokens": 1}).items():
             if getattr(self, name) < low:
                 raise ConfigError(f"replay.{name}={getattr(self, name)} is too small; write {low} or more.")

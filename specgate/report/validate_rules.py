@@ -122,11 +122,14 @@ class RowCases:
                     "intercept": fitted.intercept,
                     "slope": fitted.slope,
                     "price_scale": self.settings.price_scale,
+                    "price_floor": self.settings.price_floor,
                 }
         if foresight is not None:
             forecasts = work.forecasts
             assert forecasts is not None
             more["depth"] = max(1, int(forecasts.horizon_M.max(initial=1)))
+            if eviction == "priced" and self.settings.depth:
+                more["depth"] = min(more["depth"], self.settings.depth)
             more["prefetch"] = "priced" if eviction == "priced" else "threshold"
             more["thresholds_L"] = None if eviction == "priced" else np.zeros(work.layers)
         return Rules(eviction=eviction, **more)
@@ -141,7 +144,7 @@ def settings_of(record: Mapping[str, Any]) -> ReplaySettings:
     known = {f.name for f in fields(ReplaySettings)}
     try:
         found: Mapping[str, Any] = record["config"]["replay"]
-        older = {"ahead": False}  # records that do not say waited for the copies
+        older = {"ahead": False, "depth": 0, "price_floor": 0.0}  # of records that do not say
         return ReplaySettings(**older | {name: value for name, value in found.items() if name in known})
     except (KeyError, TypeError) as error:
         raise ConfigError(
@@ -167,7 +170,7 @@ def check_same(settings: Sequence[ReplaySettings]) -> None:
         "kernels",
         "lookahead",
     )
-    for name in (*names, "ahead", "threshold", "price_scale", "prefetch_mib"):
+    for name in (*names, "ahead", "threshold", "price_scale", "price_floor", "depth", "prefetch_mib"):
         values = {getattr(one, name) for one in settings}
         if len(values) > 1:
             raise ConfigError(

@@ -114,6 +114,8 @@ class ExpertStore:
             prefetch_read_bytes=settings.prefetch_read_bytes,
             piece_bytes=settings.piece_bytes,
             price_scale=-1.0 if settings.price_scale is None else settings.price_scale,
+            price_floor=settings.price_floor,
+            prefetch_depth=settings.prefetch_depth,
             half_life=settings.half_life,
             device=self._index,
             poison=settings.poison,
@@ -176,8 +178,7 @@ class ExpertStore:
         self, layer: int, wanted: Sequence[tuple[int, float]], deadline: int | None = None
     ) -> None:
         """The same for many experts of a layer: (expert, p) each."""
-        due = NEVER if deadline is None else deadline
-        blocks = self._blocks(layer, [expert for expert, _ in wanted])
+        blocks, due = self._blocks(layer, [e for e, _ in wanted]), NEVER if deadline is None else deadline
         self._core.prefetch_all([(b, p, due) for b, (_, p) in zip(blocks, wanted, strict=True)])
 
     def prefetch_many(
@@ -192,12 +193,25 @@ class ExpertStore:
         Raises:
             ConfigError: if one is longer than another, or a block is not of this store.
         """
+        self._check_blocks(blocks_N)
+        self._core.prefetch_many(blocks_N, p_N, deadlines_N)
+
+    def foresee(
+        self, blocks_N: NDArray[np.uint32], p_N: NDArray[np.float64], deadlines_N: NDArray[np.int64]
+    ) -> None:
+        """The same as :meth:`prefetch_many`, by a thread of the store's own: the caller goes on at once.
+
+        Raises:
+            ConfigError: if one is longer than another, a block is not of this store or a p no probability.
+        """
+        self._core.foresee(blocks_N, p_N, deadlines_N)
+
+    def _check_blocks(self, blocks_N: NDArray[np.uint32]) -> None:
         if len(blocks_N) and int(blocks_N.max()) >= self.layers * self.experts:
             raise ConfigError(
                 f"Block {int(blocks_N.max())} is not one of {self.layers} layers of {self.experts} experts; "
                 f"write layer * {self.experts} + expert."
             )
-        self._core.prefetch_many(blocks_N, p_N, deadlines_N)
 
     def follow(self, ring: Any, first_layer: int = 0, layers: int | None = None) -> None:
         """Lets a thread of the store's own prefetch what a ring of forecasts says, without Python.

@@ -29,7 +29,10 @@ class StoreSettings:
             goes first; 0: as a whole.
         price_scale: with ``priced``, a forecast expert is fetched if p times the time that it saves exceeds
             what its slot's present expert is worth and what its copy takes, times the link's utilisation
-            by demands, times this; None: every forecast is.
+            by demands, times this; None: every forecast is. price_floor: of that factor on the copy, since a
+            fetch costs energy and the host's time on a link that is free.
+        prefetch_depth: events ahead that a forecast expert is fetched for with ``priced``; what is foreseen
+            beyond them guides eviction alone. 0: all are fetched for.
         reader: ``auto``, ``io_uring`` or ``pread``.
         direct: read past the page cache (O_DIRECT) where the file system allows it.
         depth: reads in flight for io_uring; threads: for pread.
@@ -49,6 +52,8 @@ class StoreSettings:
     prefetch_read_bytes: int = 64 << 20
     piece_bytes: int = 2 << 20
     price_scale: float | None = None
+    price_floor: float = 0.0
+    prefetch_depth: int = 0
     reader: str = "auto"
     direct: bool = True
     depth: int = 32

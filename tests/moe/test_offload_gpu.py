@@ -10,6 +10,7 @@ import torch
 
 import specgate
 from specgate.moe.families import FAMILIES, moe_layers
+from specgate.small_tensors import to_device
 from tests.moe.offload_support import (
     CONTEXT,
     IMPLEMENTATIONS,
@@ -118,3 +119,12 @@ def test_the_models_own_routers_foresee(
         stats = model.specgate.stats()
         assert stats["copied_bytes_prefetch"] > 0
         assert model.specgate.store.settings.eviction == "priced"
+
+
+@pytest.mark.parametrize("count", [1, 4, 33, 480, 481, 2000])
+def test_numbers_reach_the_device(count: int) -> None:
+    """Those that kernels carry as their arguments, in as many launches as it takes."""
+    values = [(7 * i) ** 3 - 5 for i in range(count)]
+    there = to_device(values, torch.device("cuda"))
+    assert there.dtype == torch.int64
+    assert there.tolist() == values

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,9 +72,11 @@ def test_the_next_layers_routers_are_asked(folder: Path, monkeypatch: pytest.Mon
             )
         model.generate(**prompt(1), max_new_tokens=2, min_new_tokens=2, pad_token_id=0)
 
-        def note(layer: int, wanted: list[tuple[int, float]], due: int) -> None:
-            asked.append((layer, {expert for expert, _ in wanted}))
-            assert all(0.5 <= p <= 1 for _, p in wanted)
+        def note(blocks_N: np.ndarray, p_N: np.ndarray, _: np.ndarray) -> None:
+            every = model.specgate.store.experts
+            (layer,) = set((blocks_N // every).tolist())
+            asked.append((layer, set((blocks_N % every).tolist())))
+            assert ((p_N >= 0.5) & (p_N <= 1)).all()
             source = max(states)  # the newest state that is known
             if layer - source in (1, 2):
                 parts = router_tensors(layers[layer])
@@ -83,7 +86,7 @@ def test_the_next_layers_routers_are_asked(folder: Path, monkeypatch: pytest.Mon
                 top = set(scores[0].topk(layers[layer].top_k).indices.tolist())
                 assert asked[-1][1] == top
 
-        monkeypatch.setattr(model.specgate.store, "prefetch_all", note)
+        monkeypatch.setattr(model.specgate.store, "foresee", note)
         states.clear()
         ids = torch.tensor([[5]])
         cache = model(**prompt(1), use_cache=True).past_key_values

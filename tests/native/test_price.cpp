@@ -42,6 +42,11 @@ void decisions() {
   CHECK(busy.worth(0.51, 3, ms, ms, 0, 0.0, 1.0));
   CHECK(busy.worth(0.26, 3, ms, ms, 0, 0.0, 0.5));
   // half of the copy comes too late: half of the time is saved
+  // a link that is free has a price all the same
+  CHECK(!idle.worth(0.14, 3, ms, ms, 0, 0.0, 1.0, 0.15));
+  CHECK(idle.worth(0.16, 3, ms, ms, 0, 0.0, 1.0, 0.15));
+  CHECK(busy.worth(0.51, 3, ms, ms, 0, 0.0, 1.0, 0.15));
+  CHECK(!busy.worth(0.49, 3, ms, ms, 0, 0.0, 1.0, 0.15));
   CHECK(!idle.worth(0.59, 2, ms, ms, 1.5 * ms, 0.3, 1.0));
   CHECK(idle.worth(0.61, 2, ms, ms, 1.5 * ms, 0.3, 1.0));
   // all of it: nothing is

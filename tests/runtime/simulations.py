@@ -119,6 +119,7 @@ def rules_of(draw: st.DrawFn, workload: Workload, prefetch: bool = True) -> Rule
         intercept=draw(st.sampled_from([-0.3, 0.1])),
         slope=draw(st.sampled_from([0.4, 0.9])),
         price_scale=draw(st.sampled_from([0.0, 0.4, 1.0])),
+        price_floor=draw(st.sampled_from([0.0, 0.0, 0.3])),
         low_bytes=draw(st.sampled_from([0, 0, 12, 24])) if fetched == "priced" else 0,
     )
 

@@ -106,6 +106,7 @@ class Reference(State):
         load = self.copy + (0.0 if self.in_host(b) else self.read)
         saved = load - max(0.0, copy - time)
         price = self.utilisation() * (self.r.price_scale if self.c.link_chunk_bytes else 1.0)
+        price = max(self.r.price_floor, price)
         return p * min(max(saved, 0.0), load) > worth * load + price * copy
 
     def start(self, b: int) -> bool:

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from specgate.errors import ConfigError
+from specgate.errors import ConfigError, StoreError
 from specgate.predictors.speculation import speculation_parts
 from specgate.runtime import native
 from specgate.runtime.layout import BlockLayout
 from specgate.runtime.speculate import Speculator
-from specgate.runtime.store import ExpertStore
+from specgate.runtime.store import ExpertStore, StoreSettings
 from tests.runtime.speculation import decoded, launch, make_predictor, routing
 
 pytestmark = [
@@ -99,3 +99,62 @@ def test_many_that_do_not_fit_together_are_refused(store):
         store.prefetch_many(np.zeros(2, np.uint32), np.ones(1), np.ones(2, np.int64))
     with pytest.raises(ConfigError, match="Block 1000000 is not one of"):
         store.prefetch_many(np.array([10**6], np.uint32), np.ones(1), np.ones(1, np.int64))
+
+
+def foresee(store, blocks, p, deadlines):
+    store.foresee(np.array(blocks, np.uint32), np.array(p, np.float64), np.array(deadlines, np.int64))
+
+
+def test_foreseen_by_the_stores_own_thread(store):
+    """The same as at once, and drain() knows of what was not looked at yet."""
+    for _ in range(20):
+        foresee(store, [2 * E + 1, 3 * E], [0.5, 0.9], [9, 9])
+    store.drain()
+    present = {
+        (layer, e) for layer in range(L + 1) for e in range(E) if store.state(layer, e)[0] == "PRESENT"
+    }
+    assert present == {(2, 1), (3, 0)}
+
+
+def test_foresight_goes_on_while_experts_are_asked_for(store):
+    """Callers and the thread that judges share the ledger: nothing is lost, all are right in the end."""
+    for clock in range(1, 200):
+        store.advance(clock)
+        blocks = [(clock * 7 + i) % (L * E) for i in range(12)]
+        foresee(store, blocks, [0.1 + i / 20 for i in range(12)], [clock + 1 + i % 4 for i in range(12)])
+        chosen = [clock % E, (clock + 1) % E]
+        slots = store.acquire(clock % L, chosen)
+        assert len(set(slots)) == 2
+        store.release(clock % L, chosen)
+    store.drain()
+    store._core.invariants()
+
+
+def test_closing_ends_what_is_foreseen(store):
+    foresee(store, [1, 2, 3], [0.5, 0.5, 0.5], [9, 9, 9])
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        foresee(store, [1], [0.5], [9])
+
+
+def test_foresight_that_makes_no_sense_is_refused(store):
+    with pytest.raises(ConfigError, match="must be of one length"):
+        foresee(store, [1, 2], [0.5], [9])
+    with pytest.raises(ConfigError, match=r"expert block 1000000 with p=.*there are 24 blocks"):
+        foresee(store, [10**6], [0.5], [9])
+    with pytest.raises(ConfigError, match="p must be 0 to 1"):
+        foresee(store, [1], [1.5], [9])
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_beyond_the_depth_nothing_is_fetched(depth):
+    """What is foreseen further ahead is a hint for eviction alone."""
+    settings = StoreSettings(eviction="priced", price_scale=0.5, prefetch_depth=depth)
+    layout = BlockLayout.make([("up", (8, 8), torch.float32)])
+    with ExpertStore(None, 8, settings=settings, layout=layout, layers=L, experts=E) as store:
+        store.set_reuse(8.0, 0.3, -1.0, 0.5)
+        store.advance(1)
+        foresee(store, [1, 2, 3], [0.9, 0.9, 0.9], [2, 3, 4])
+        store.drain()
+        state = [store.state(0, e)[0] for e in (1, 2, 3)]
+        assert state == ["PRESENT", "PRESENT", "ABSENT" if depth else "PRESENT"]

@@ -10,6 +10,7 @@
 #include "bind.h"
 #include "codec.h"
 #include "error.h"
+#include "numbers.h"
 #include "zstd.h"
 
 namespace nb = nanobind;
@@ -104,6 +105,12 @@ void decode_cuda(const BlockFormat& format, const std::vector<uintptr_t>& blocks
                      reinterpret_cast<std::byte* const*>(slots.data()), blocks.size(),
                      reinterpret_cast<CUstream_st*>(stream));
 }
+
+void numbers_cuda(uintptr_t to, const std::vector<int64_t>& numbers, uintptr_t stream) {
+  const nb::gil_scoped_release unlocked;
+  write_numbers_cuda(reinterpret_cast<int64_t*>(to), numbers.data(), numbers.size(),
+                     reinterpret_cast<CUstream_st*>(stream));
+}
 #endif
 
 }  // namespace
@@ -134,6 +141,8 @@ void bind_codec(nb::module_& m) {
 #ifdef SPECGATE_CUDA
   m.def("decode_blocks_cuda", &decode_cuda, "format"_a, "blocks"_a, "slots"_a, "stream"_a = 0,
         "Decodes blocks into slots on the current device: addresses in device memory, and a CUDA stream.");
+  m.def("write_numbers_cuda", &numbers_cuda, "to"_a, "numbers"_a, "stream"_a = 0,
+        "Writes integers (int64) to an address of the current device's memory, on a CUDA stream.");
 #endif
 }
 

@@ -54,6 +54,7 @@ sim::RuleTable rules_of(nb::handle r) {
   t.intercept = real(r, "intercept");
   t.slope = real(r, "slope");
   t.price_scale = real(r, "price_scale");
+  t.price_floor = real(r, "price_floor");
   t.width = whole(r, "width");
   t.depth = whole(r, "depth");
   t.low_bytes = whole(r, "low_bytes");

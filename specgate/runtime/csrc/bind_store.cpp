@@ -163,6 +163,20 @@ nb::dict stats(const Store& store) {
 const char* const kAsked[] = {"queued", "merged", "demanded", "resident", "stale", "refused"};
 const char* const kPlaces[] = {"ABSENT", "LOADING", "PRESENT"};
 
+std::vector<Foreknown> foreknown(const Column<uint32_t>& blocks, const Column<double>& p,
+                                 const Column<int64_t>& deadlines) {
+  if (p.size() != blocks.size() || deadlines.size() != blocks.size()) {
+    throw StoreFailure(StoreFailure::Kind::Config,
+                       "blocks, p and deadlines of forecasts must be of one length: there are " +
+                           std::to_string(blocks.size()) + ", " + std::to_string(p.size()) + " and " +
+                           std::to_string(deadlines.size()));
+  }
+  std::vector<Foreknown> all;
+  all.reserve(blocks.size());
+  for (size_t i = 0; i < blocks.size(); ++i) all.push_back({blocks(i), p(i), deadlines(i), Target::Device});
+  return all;
+}
+
 }  // namespace
 
 void bind_store(nb::module_& m) {
@@ -177,7 +191,7 @@ void bind_store(nb::module_& m) {
              int64_t prefetch_copy_bytes, int64_t prefetch_read_bytes, double half_life, int device, bool poison,
              size_t timeline, int workers, const std::string& reader, bool direct, int depth, int threads,
              std::vector<FaultTuple> faults, bool in_memory, const std::vector<uintptr_t>& memory,
-             int64_t piece_bytes, double price_scale) {
+             int64_t piece_bytes, double price_scale, double price_floor, int64_t prefetch_depth) {
             StoreConfig config;
             config.paths = std::move(paths);
             config.blocks = stored_blocks(blocks);
@@ -198,6 +212,8 @@ void bind_store(nb::module_& m) {
             }
             config.piece_bytes = static_cast<size_t>(piece_bytes);
             config.price_scale = price_scale;
+            config.price_floor = price_floor;
+            config.prefetch_depth = prefetch_depth;
             config.reader.backend = backend_of(reader);
             config.reader.direct = direct;
             config.reader.depth = depth;
@@ -212,7 +228,8 @@ void bind_store(nb::module_& m) {
           "half_life"_a = 64.0, "device"_a = -1, "poison"_a = false, "timeline"_a = 0, "workers"_a = 2,
           "reader"_a = "auto", "direct"_a = true, "depth"_a = 32, "threads"_a = 4,
           "faults"_a = std::vector<FaultTuple>{}, "in_memory"_a = false,
-          "memory"_a = std::vector<uintptr_t>{}, "piece_bytes"_a = int64_t{2} << 20, "price_scale"_a = -1.0)
+          "memory"_a = std::vector<uintptr_t>{}, "piece_bytes"_a = int64_t{2} << 20, "price_scale"_a = -1.0, "price_floor"_a = 0.0,
+          "prefetch_depth"_a = 0)
       .def("acquire", &acquire, "blocks"_a, "stream"_a = 0)
       .def("release", &Store::release, "blocks"_a, "stream"_a = 0, nb::call_guard<nb::gil_scoped_release>())
       .def(
@@ -235,19 +252,17 @@ void bind_store(nb::module_& m) {
       .def(
           "prefetch_many",
           [](Store& self, const Column<uint32_t>& blocks, const Column<double>& p, const Column<int64_t>& deadlines) {
-            if (p.size() != blocks.size() || deadlines.size() != blocks.size()) {
-              throw StoreFailure(StoreFailure::Kind::Config,
-                                 "blocks, p and deadlines of forecasts must be of one length: there are " +
-                                     std::to_string(blocks.size()) + ", " + std::to_string(p.size()) + " and " +
-                                     std::to_string(deadlines.size()));
-            }
-            std::vector<Foreknown> all;
-            all.reserve(blocks.size());
-            for (size_t i = 0; i < blocks.size(); ++i) {
-              all.push_back({blocks(i), p(i), deadlines(i), Target::Device});
-            }
+            const std::vector<Foreknown> all = foreknown(blocks, p, deadlines);
             const nb::gil_scoped_release free;
             self.prefetch_all(all);
+          },
+          "blocks"_a, "p"_a, "deadlines"_a)
+      .def(
+          "foresee",
+          [](Store& self, const Column<uint32_t>& blocks, const Column<double>& p, const Column<int64_t>& deadlines) {
+            std::vector<Foreknown> all = foreknown(blocks, p, deadlines);
+            const nb::gil_scoped_release free;
+            self.foresee(std::move(all));
           },
           "blocks"_a, "p"_a, "deadlines"_a)
       .def("follow",

@@ -43,8 +43,9 @@ class Device {
   /// Starts a transfer and returns at once. Work on compute streams that used the slot before finishes first.
   /// True: await() may be called for the slot from now on; false: once `issued` was called.
   virtual bool copy(CopyRequest request) = 0;
-  /// Somebody waits for this slot: its transfer goes before others and is not held up any more.
-  virtual void hurry(int64_t slot_key) = 0;
+  /// Somebody waits for this slot: what is left of its transfer goes now. True: await() may be called for it, and
+  /// `issued` will not be called.
+  virtual bool hurry(int64_t slot_key) = 0;
   /// Kernels launched on `stream` from now on run after the copies into these slots. The host does not wait.
   virtual void await(const std::vector<int64_t>& slot_keys, uintptr_t stream) = 0;
   /// Kernels launched on `stream` until now are the last that use these slots.

@@ -45,7 +45,7 @@ class CpuDevice final : public Device {
     changed_.notify_one();
     return true;
   }
-  void hurry(int64_t) override {}
+  bool hurry(int64_t) override { return false; }
 
   void await(const std::vector<int64_t>&, uintptr_t) override {}
   void used(const std::vector<int64_t>&, uintptr_t) override {}

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -16,6 +17,7 @@
 #include "cuda_calls.h"
 #include "device.h"
 #include "error.h"
+#include "spin_lock.h"
 
 namespace specgate {
 
@@ -24,7 +26,7 @@ namespace {
 constexpr size_t kStagingParts = 4;   // encoded blocks on the device that wait for their decoding, per stream
 constexpr size_t kReleaseEvents = 512;
 constexpr size_t kPieceEvents = 64;
-constexpr size_t kPiecesAhead = 3;    // pieces that the link has to do at a time
+constexpr size_t kPiecesAhead = 5;    // that the link has to do at a time: some 0.2 ms, longer than a thread takes to wake
 
 struct Lane {
   cudaStream_t stream = nullptr;
@@ -37,7 +39,6 @@ struct Piecewise {
   CopyRequest request;
   std::byte* to = nullptr;  ///< the slot, or staging memory; null: not begun
   size_t copied = 0;
-  bool urgent = false;
 };
 
 class CudaDevice final : public Device {
@@ -130,7 +131,7 @@ class CudaDevice final : public Device {
     const Current current(ordinal_);
     const bool whole = request.level == Level::Demand || piece_bytes_ == 0;
     {
-      const std::lock_guard lock(mutex_);
+      const auto lock = spin_lock(mutex_, callers_);
       if (whole) {
         const int lane = static_cast<int>(request.level);
         Piecewise copy{std::move(request)};
@@ -146,17 +147,24 @@ class CudaDevice final : public Device {
     return whole;
   }
 
-  void hurry(int64_t slot_key) override {
-    const std::lock_guard lock(mutex_);
-    for (Piecewise& copy : waiting_) {
-      if (copy.request.slot_key == slot_key) copy.urgent = true;
-    }
-    feed_.notify_one();
+  bool hurry(int64_t slot_key) override {
+    const Current current(ordinal_);
+    const auto lock = spin_lock(mutex_, callers_);
+    const auto copy = std::find_if(waiting_.begin(), waiting_.end(),
+                                   [&](const Piecewise& one) { return one.request.slot_key == slot_key; });
+    if (copy == waiting_.end()) return false;
+    const cudaError_t status = issue(*copy, lanes_[1], copy->request.format->block_bytes - copy->copied);
+    Flying flying{std::move(copy->request), status};
+    waiting_.erase(copy);
+    flying_[1].push_back(std::move(flying));
+    changed_[1].notify_one();
+    feed_.notify_one();  // it may be stopping, and this was the last
+    return true;
   }
 
   void await(const std::vector<int64_t>& slot_keys, uintptr_t stream) override {
     const Current current(ordinal_);
-    const std::lock_guard lock(mutex_);
+    const auto lock = spin_lock(mutex_, callers_);
     for (const int64_t key : slot_keys) {
       require(cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(stream), ready_[key], 0), "waiting for a copy");
     }
@@ -164,7 +172,7 @@ class CudaDevice final : public Device {
 
   void used(const std::vector<int64_t>& slot_keys, uintptr_t stream) override {
     const Current current(ordinal_);
-    const std::lock_guard lock(mutex_);
+    const auto lock = spin_lock(mutex_, callers_);
     const size_t place = next_release_++ % kReleaseEvents;
     if (next_release_ > kReleaseEvents) {  // long past: hardly ever waits
       require(cudaEventSynchronize(released_[place]), "reusing an event");
@@ -259,10 +267,8 @@ class CudaDevice final : public Device {
   std::deque<Piecewise>::iterator next_copy() {
     const bool all = demands_ == 0 || stopping_;
     auto best = waiting_.end();
-    int rank = 0;
-    for (auto copy = waiting_.begin(); copy != waiting_.end(); ++copy) {
-      const int own = (copy->urgent ? 4 : all ? 1 : 0) + (copy->to != nullptr ? 1 : 0);
-      if ((copy->urgent || all) && own > rank) best = copy, rank = own;
+    for (auto copy = waiting_.begin(); all && copy != waiting_.end(); ++copy) {
+      if (best == waiting_.end() || (copy->to != nullptr && best->to == nullptr)) best = copy;
     }
     return best;
   }
@@ -327,6 +333,7 @@ class CudaDevice final : public Device {
   int ordinal_;
   size_t piece_bytes_;
   std::mutex mutex_;
+  std::atomic<int> callers_{0};        // who waits for mutex_ and computes
   Lane lanes_[2];  // by level
   std::deque<Piecewise> waiting_;      // forecast copies that are not wholly issued, in order
   std::condition_variable feed_;

@@ -71,6 +71,7 @@ Policy::Key Policy::key(uint32_t block) const {
 
 template <typename Change>
 void Policy::update(uint32_t block, Change change) {
+  forget_victims();
   Entry& entry = entries_[block];
   if (!entry.evictable) {
     change(entry);
@@ -89,6 +90,7 @@ std::set<Policy::Key>& Policy::order_of(uint32_t block) {
 }
 
 void Policy::advance(int64_t tick) {
+  forget_victims();
   tick_ = tick;
   const auto event = static_cast<size_t>(tick - 1);
   if (kind_ != PolicyKind::Belady || event >= events_.size()) return;
@@ -115,6 +117,7 @@ void Policy::use(uint32_t block, int64_t tick) {
     entry.hinted_now = false;
   });
   current_layer_ = layer_of(block);
+  forget_victims();
 }
 
 void Policy::hint(uint32_t block, double p, int64_t deadline) {
@@ -129,6 +132,7 @@ void Policy::hint(uint32_t block, double p, int64_t deadline) {
 }
 
 void Policy::lapse(int64_t now) {
+  forget_victims();
   now_ = now;
   while (!hints_.empty() && hints_.begin()->first < now) {
     const uint32_t block = hints_.begin()->second;
@@ -143,6 +147,7 @@ void Policy::lapse(int64_t now) {
 void Policy::join(uint32_t block) {
   Entry& entry = entries_[block];
   if (entry.evictable) return;
+  forget_victims();
   entry.evictable = true;
   ++counts_[block_class_[block]];
   std::set<Key>& order = order_of(block);
@@ -157,13 +162,19 @@ void Policy::join(uint32_t block) {
 void Policy::leave(uint32_t block) {
   Entry& entry = entries_[block];
   if (!entry.evictable) return;
+  forget_victims();
   spare_ = order_of(block).extract(key(block));
   --counts_[block_class_[block]];
   entry.evictable = false;
 }
 
 int64_t Policy::victim(uint32_t shape_class) const {
-  if (kind_ == PolicyKind::Priced) return priced_victim(shape_class);
+  if (kind_ == PolicyKind::Priced) {
+    known_victims_.resize(counts_.size(), kUnknown);
+    int64_t& known = known_victims_[shape_class];
+    if (known == kUnknown) known = priced_victim(shape_class);
+    return known;
+  }
   const std::set<Key>& order = evictable_[shape_class];
   return order.empty() ? -1 : static_cast<int64_t>(std::get<2>(*order.begin()));
 }

@@ -103,6 +103,12 @@ class Policy {
     double then = -1, frequency = 0, since = 0, chance = 0;
   };
   mutable std::vector<Reused> reused_;
+  /// Victims of priced per class until anything changes: the queue of forecasts asks for each of them.
+  mutable std::vector<int64_t> known_victims_;
+  static constexpr int64_t kUnknown = -2;
+  void forget_victims() {
+    for (int64_t& victim : known_victims_) victim = kUnknown;
+  }
   std::set<Key>::node_type spare_;        // of the last that left: spares an allocation
   std::vector<std::vector<uint32_t>> events_;
   std::set<std::pair<int64_t, uint32_t>> hints_;  // (deadline, block) of forecasts that count

@@ -30,6 +30,7 @@ void Policy::set_reuse(const Reuse& reuse) {
     evictable.push_back(b);
     leave(b);
   }
+  forget_victims();
   reuse_ = reuse;
   const auto blocks = static_cast<uint32_t>(entries_.size());
   layers_ = reuse.experts ? (blocks + reuse.experts - 1) / reuse.experts : 1;

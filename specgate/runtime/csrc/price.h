@@ -42,10 +42,10 @@ class Pricer {
   /// Whether p times the saved time exceeds the cost of the bytes now.
   ///   load_ns: what a demand of the expert would take; copy_ns: on the link; backlog_ns: what is before it there.
   bool worth(double p, int64_t events_ahead, double load_ns, double copy_ns, double backlog_ns, double value_of_victim,
-             double price_scale) const {
+             double price_scale, double price_floor = 0) const {
     const double late = std::max(0.0, backlog_ns + copy_ns - static_cast<double>(events_ahead) * mean_event_ns());
     const double saved = std::clamp(load_ns - late, 0.0, load_ns);
-    return p * saved > value_of_victim * load_ns + utilisation() * price_scale * copy_ns;
+    return p * saved > value_of_victim * load_ns + std::max(price_floor, utilisation() * price_scale) * copy_ns;
   }
 
  private:

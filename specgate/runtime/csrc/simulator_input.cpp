@@ -132,7 +132,7 @@ void check_rules(const Calls& calls, const CostTable& costs, const RuleTable& r)
            ": give fewer, or 0 for no approximate copies.");
   }
   check_number("discount", r.discount, 0, 1);
-  for (const double factor : {r.load_rise, r.full_rise, r.host_rise, r.price_scale}) {
+  for (const double factor : {r.load_rise, r.full_rise, r.host_rise, r.price_scale, r.price_floor}) {
     check_number("a factor", factor, 0, 1e300);
   }
   if (std::isnan(r.entropy_high) || std::isnan(r.backlog_high) || std::isnan(r.mass)) {

@@ -43,7 +43,7 @@ struct RuleTable {
   bool gate = false, adaptive = false;
   double half_life = 64, mass = 0, entropy_high = 1, backlog_high = 0;
   double load_rise = 0, full_rise = 0, host_rise = 0;
-  double discount = 0.99, intercept = 0, slope = 1, price_scale = 1;
+  double discount = 0.99, intercept = 0, slope = 1, price_scale = 1, price_floor = 0;
   int64_t width = 0, depth = 1, low_bytes = 0;
   std::vector<double> weights;     // [L * E], static
   std::vector<double> thresholds;  // [L], threshold

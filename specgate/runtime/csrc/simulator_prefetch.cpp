@@ -173,7 +173,7 @@ int64_t Simulator::depth_of(int64_t point) const {
 }
 
 double Simulator::price_of_link() const {
-  return utilisation() * (costs_.link_chunk_bytes > 0 ? rules_.price_scale : 1.0);
+  return std::max(rules_.price_floor, utilisation() * (costs_.link_chunk_bytes > 0 ? rules_.price_scale : 1.0));
 }
 
 /// Break-even, where the link has `time` until the expert is used: what the prefetch saves if the forecast is right

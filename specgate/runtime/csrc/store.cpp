@@ -24,6 +24,15 @@ std::vector<int64_t> bytes_of(const std::vector<BlockFormat>& formats) {
   return out;
 }
 
+/// One more of those counted, while it lives. (the mutex is held when it begins and ends)
+struct Counted {
+  explicit Counted(int& count) : count_(count) { ++count_; }
+  ~Counted() { --count_; }
+  Counted(const Counted&) = delete;
+  Counted& operator=(const Counted&) = delete;
+  int& count_;
+};
+
 }  // namespace
 
 Store::Store(StoreConfig config) : config_(std::move(config)), timeline_(config_.timeline) {
@@ -78,7 +87,7 @@ void Store::require_open() const {
 }
 
 bool Store::demand(const std::vector<uint32_t>& blocks) {
-  const std::lock_guard lock(mutex_);
+  const auto lock = spin_lock(mutex_, callers_);
   require_open();
   ledger_->demand(blocks);
   ++counters_.acquires;
@@ -93,7 +102,9 @@ bool Store::demand(const std::vector<uint32_t>& blocks) {
   pump();
   for (const uint32_t b : blocks) {
     const Block& block = ledger_->block(b);
-    if (block.device == Place::Loading && !copying_[b]) device_->hurry(first_slot_[block.shape_class] + block.slot);
+    if (block.device == Place::Loading && !copying_[b]) {
+      copying_[b] = device_->hurry(first_slot_[block.shape_class] + block.slot);
+    }
   }
   return ready(blocks);
 }
@@ -122,8 +133,13 @@ void Store::give_up(const std::vector<uint32_t>& blocks) {
   changed_.notify_all();
 }
 
+bool Store::someone_waits() const {
+  return waiting_ > 0 || closing_ || !broken_.empty() || (draining_ > 0 && !busy_ && flights_.empty());
+}
+
 bool Store::wait(const std::vector<uint32_t>& blocks, int milliseconds) {
-  std::unique_lock lock(mutex_);
+  std::unique_lock lock = spin_lock(mutex_, callers_);
+  const Counted counted(waiting_);
   const int64_t begin = now_ns();
   const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(milliseconds);
   bool good = false;
@@ -148,7 +164,7 @@ bool Store::wait(const std::vector<uint32_t>& blocks, int milliseconds) {
 }
 
 std::vector<int64_t> Store::slots(const std::vector<uint32_t>& blocks, uintptr_t stream) {
-  const std::lock_guard lock(mutex_);
+  const auto lock = spin_lock(mutex_, callers_);
   require_open();
   std::vector<int64_t> out, loading;
   out.reserve(blocks.size());
@@ -163,7 +179,7 @@ std::vector<int64_t> Store::slots(const std::vector<uint32_t>& blocks, uintptr_t
 }
 
 void Store::release(const std::vector<uint32_t>& blocks, uintptr_t stream) {
-  const std::lock_guard lock(mutex_);
+  const auto lock = spin_lock(mutex_, callers_);
   if (closing_) return;
   if (device_->is_cuda()) {
     std::vector<int64_t> keys;
@@ -176,7 +192,7 @@ void Store::release(const std::vector<uint32_t>& blocks, uintptr_t stream) {
     device_->used(keys, stream);
   }
   ledger_->release(blocks);
-  if (ledger_->wants() > 0) pump();
+  if (ledger_->wants() > 0) pump_later();
 }
 
 Asked Store::prefetch(uint32_t block, double p, int64_t deadline, Target target) {
@@ -188,19 +204,8 @@ Asked Store::prefetch(uint32_t block, double p, int64_t deadline, Target target)
   return asked;
 }
 
-void Store::prefetch_all(const std::vector<Foreknown>& foreknown) {
-  const std::lock_guard lock(mutex_);
-  require_open();
-  bool queued = false;
-  victims_.clear();
-  for (const Foreknown& f : foreknown) {
-    queued |= ask(f) == Asked::Queued;
-  }
-  if (queued) pump();
-}
-
 void Store::advance(int64_t now) {
-  const std::lock_guard lock(mutex_);
+  const auto lock = spin_lock(mutex_, callers_);
   require_open();
   advance_clock(now);
 }
@@ -212,14 +217,16 @@ void Store::advance_clock(int64_t now) {
 
 bool Store::drain(int milliseconds) {
   std::unique_lock lock(mutex_);
+  const Counted counted(draining_);
   require_open();
   pump();
   return changed_.wait_for(lock, std::chrono::milliseconds(milliseconds),
-                           [this] { return closing_ || flights_.empty(); });
+                           [this] { return closing_ || (!busy_ && flights_.empty()); });
 }
 
 void Store::close() {
   unfollow();
+  stop_background();
   {
     const std::lock_guard lock(mutex_);
     if (closing_) return;

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -19,6 +20,7 @@
 #include "ledger.h"
 #include "price.h"
 #include "speculate.h"
+#include "spin_lock.h"
 #include "task_pool.h"
 #include "timeline.h"
 
@@ -46,6 +48,8 @@ struct StoreConfig {
   size_t timeline = 0;
   int workers = 2;  ///< threads that decompress
   double price_scale = -1.0;  ///< on the link's utilisation, in the price of a forecast (priced); < 0: fetch all
+  double price_floor = 0.0;  ///< of that price, per ns of the copy
+  int64_t prefetch_depth = 0;  ///< events ahead that a forecast is fetched for, beyond them it guides eviction (priced); 0: all
   size_t piece_bytes = size_t{2} << 20;  ///< of a forecast's copy, between which a demand goes first; 0: whole
 };
 
@@ -81,8 +85,10 @@ class Store {
   /// Unpins. Kernels on `stream` until now are the last that use them.
   void release(const std::vector<uint32_t>& blocks, uintptr_t stream);
   Asked prefetch(uint32_t block, double p, int64_t deadline, Target target);
-  /// The same for many at once, under one lock.
+  /// The same for many at once. Callers who need experts go first.
   void prefetch_all(const std::vector<Foreknown>& foreknown);
+  /// The same by a thread of the store's own; nothing is waited for.
+  void foresee(std::vector<Foreknown> foreknown);
   void advance(int64_t now);
   /// A thread of the store's own polls the ring: each forecast moves the clock to its sequence number and is
   /// prefetched. `first_block`: of the layers that the forecasts are about, `experts` blocks a layer.
@@ -123,8 +129,13 @@ class Store {
   };
 
   void require_open() const;
+  bool someone_waits() const;                   // for what changed: waking a thread costs more than asking
+  void background();                            // the thread of foresee()
+  void stop_background();
+  void pump_later();
   void advance_clock(int64_t now);              // mutex_ is held, as for all below
   Asked ask(const Foreknown& foreknown);
+  bool near(const Foreknown& foreknown) const;
   bool worth(const Foreknown& foreknown);
   double value_of_victim(uint32_t shape_class);
   void pump();
@@ -147,7 +158,9 @@ class Store {
 
   StoreConfig config_;
   mutable std::mutex mutex_;
+  std::atomic<int> callers_{0};                 // who needs experts and waits for mutex_
   std::condition_variable changed_;
+  int waiting_ = 0, draining_ = 0;              // threads in wait() and drain()
   std::unique_ptr<Device> device_;
   std::vector<std::byte*> arenas_;
   std::vector<std::pair<std::byte*, size_t>> host_allocations_;
@@ -170,6 +183,12 @@ class Store {
   bool closed_ = false, closing_ = false;
   std::atomic<bool> following_{false};
   std::thread follower_;
+  std::mutex asked_mutex_;                      // of what follows; taken after mutex_, if both are
+  std::condition_variable asked_changed_;
+  std::deque<std::vector<Foreknown>> asked_;    // by foresee()
+  bool kicked_ = false, asleep_ = false, background_on_ = false, background_ends_ = false;
+  std::atomic<bool> busy_{false};               // with what was asked for
+  std::thread background_;
   std::unique_ptr<TaskPool> workers_;
   std::unique_ptr<FileReader> reader_;  // last: its threads call into the store
 };

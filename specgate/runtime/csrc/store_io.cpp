@@ -144,23 +144,27 @@ void Store::start_copy(const Job& job, const std::byte* from) {
   const int64_t id = job.id;
   request.done = [this, id](JobStatus status, std::string error) { finish(id, status, error); };
   request.issued = [this, id, block = job.block] {
+    bool tell = false;
     {
       const std::lock_guard lock(mutex_);
       if (flights_.count(id) > 0) copying_[block] = true;
+      tell = waiting_ > 0;
     }
-    changed_.notify_all();
+    if (tell) changed_.notify_all();
   };
   copying_[job.block] = device_->copy(std::move(request));
 }
 
 void Store::finish(int64_t id, JobStatus status, const std::string& error) {
+  bool tell = false;
   {
     const std::lock_guard lock(mutex_);
     if (status == JobStatus::Failed && device_->issued_is_enough()) broken_ = error;  // its readers went on already
     land(id, status, error);
     pump();
+    tell = someone_waits();
   }
-  changed_.notify_all();
+  if (tell) changed_.notify_all();
 }
 
 void Store::land(int64_t id, JobStatus status, const std::string& error) {

@@ -6,7 +6,7 @@
 namespace specgate {
 
 Asked Store::ask(const Foreknown& f) {
-  if (config_.price_scale >= 0 && f.block < ledger_->size() && f.p >= 0 && f.p <= 1 && !worth(f)) {
+  if (config_.price_scale >= 0 && f.block < ledger_->size() && f.p >= 0 && f.p <= 1 && !(near(f) && worth(f))) {
     ledger_->hint(f.block, f.p, f.deadline);
     ++counters_.unworthy;
     return Asked::Refused;
@@ -27,6 +27,13 @@ double Store::value_of_victim(uint32_t shape_class) {
   return value;
 }
 
+/// Whether a new transfer may begin so early.
+bool Store::near(const Foreknown& f) const {
+  const Block& block = ledger_->block(f.block);
+  return config_.prefetch_depth <= 0 || f.deadline - ledger_->now() <= config_.prefetch_depth ||
+         f.target != Target::Device || block.device != Place::Absent || block.want;
+}
+
 /// What cannot be judged yet, or needs no new transfer, is.
 bool Store::worth(const Foreknown& f) {
   const Block& block = ledger_->block(f.block);
@@ -44,7 +51,7 @@ bool Store::worth(const Foreknown& f) {
   const auto most = static_cast<int64_t>((static_cast<double>(ahead) * pricer_.mean_event_ns() + load_ns) / copy_ns) + 1;
   const int64_t before = ledger_->backlog(f.deadline, f.p, ledger_->bytes(f.block), std::min<int64_t>(most, 4096));
   const double backlog_ns = static_cast<double>(before) * pricer_.ns_per_byte();
-  return pricer_.worth(f.p, ahead, load_ns, copy_ns, backlog_ns, value, config_.price_scale);
+  return pricer_.worth(f.p, ahead, load_ns, copy_ns, backlog_ns, value, config_.price_scale, config_.price_floor);
 }
 
 }  // namespace specgate

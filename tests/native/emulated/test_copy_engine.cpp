@@ -100,7 +100,7 @@ void contents() {
       const bool issued = device->copy(ends.request(format, blocks[static_cast<size_t>(b)].data(), arena.memory, b, level));
       CHECK(issued == (level == Level::Demand || piece == 0));
       later += !issued;
-      if (random() % 4 == 0) device->hurry(static_cast<int64_t>(random() % 40));
+      if (random() % 4 == 0) later -= device->hurry(static_cast<int64_t>(random() % 40));
     }
     ends.wait(40);
     for (size_t b = 0; b < 40; ++b) {
@@ -159,7 +159,8 @@ void hurried_goes_first() {
     for (int64_t slot = 0; slot < 6; ++slot) {
       device->copy(ends.request(format, block.data(), arena.memory, slot, Level::Prefetch));
     }
-    device->hurry(5);
+    CHECK(device->hurry(5));
+    CHECK(!device->hurry(5));  // it is on its way
     ends.wait(6);
     const auto place = std::find(ends.order.begin(), ends.order.end(), 5) - ends.order.begin();
     CHECK(place <= 1);  // the first was under way
