@@ -137,6 +137,7 @@ class Offload:
             direct=direct,
             price_scale=PRICED.price_scale if options["eviction"] == "priced" else None,
             price_floor=PRICED.price_floor,
+            trust=PRICED.trust and options["eviction"] == "priced",
             prefetch_depth=PRICED.depth if options["eviction"] == "priced" else 0,
         )
         return ExpertStore(source, plan.slots, 0 if paged else plan.host, self._device, settings)

@@ -27,11 +27,13 @@ class Policy(ABC):
         name: what ``policy=`` chooses it by.
         forecast_source: see :data:`ForecastSource`.
         calibrated: whether a predictor's probabilities are wanted calibrated (or as the predictor says them).
+        trust: whether they are corrected by how often earlier ones came true (specgate.runtime.trust).
     """
 
     name: ClassVar[str]
     forecast_source: ClassVar[ForecastSource] = "none"
     calibrated: bool = True
+    trust: bool = False
 
     @abstractmethod
     def fit(self, train: Workload, costs: Costs, slots: int) -> Rules:

@@ -37,6 +37,7 @@ class Priced(Policy):
             cache is not handed over in that time (specgate.policy.reuse).
         half_life: of uses, in steps; None fits it.
         calibrated: whether a predictor's probabilities are calibrated first.
+        trust: whether they are corrected by how often earlier ones came true (specgate.runtime.trust).
         approximate: fetch a smaller, approximate copy where only that is worth its bytes. Changes values.
         low_share: bytes of the approximate copy as a share of the expert's.
     """
@@ -57,6 +58,7 @@ class Priced(Policy):
         discount: float | None = 0.3,
         half_life: float | None = None,
         calibrated: bool = True,
+        trust: bool = True,
         approximate: bool = False,
         low_share: float = 0.28125,
     ) -> None:
@@ -64,7 +66,7 @@ class Priced(Policy):
             raise ConfigError(f"part={part} is unknown; choose one of {', '.join(PARTS)}.")
         if not 0 < low_share < 1:
             raise ConfigError(f"low_share={low_share} saves no bytes; choose between 0 and 1 (int4: 0.28).")
-        self.part, self.calibrated = part, calibrated
+        self.part, self.calibrated, self.trust = part, calibrated, trust
         self.depth = check_depth(self.name, depth)
         self.foresight = max(check_depth(self.name, foresight, "foresight"), self.depth)
         self.adaptive, self.entropy_high, self.backlog_high = adaptive, entropy_high, backlog_high

@@ -218,6 +218,7 @@ class Replay:
             eviction=kind.eviction,
             price_scale=self.settings.price_scale if kind.eviction == "priced" else None,
             price_floor=self.settings.price_floor,
+            trust=self.settings.trust and kind.eviction == "priced",
             prefetch_depth=self.settings.depth if kind.eviction == "priced" else 0,
             prefetch_copy_bytes=self.settings.prefetch_mib << 20,
             prefetch_read_bytes=self.settings.prefetch_mib << 20,

@@ -101,6 +101,7 @@ class ReplaySettings:
         ahead: on a GPU, whether slots go over without the host waiting for the copies, as in
             ``specgate.offload``, so that kernels are launched meanwhile.
         price_scale: factor on the price of the link, for ``priced``. price_floor: the least such price.
+        trust: whether ``priced`` corrects probabilities by how often earlier ones came true.
         depth: calls ahead that ``priced`` fetches for; what is foreseen beyond them guides eviction alone, 0
             fetches for all.
         prefetch_mib: forecast bytes in flight at most, what a demanded expert can find before it on the link.
@@ -130,6 +131,7 @@ class ReplaySettings:
     prefetch_mib: int = 64
     price_scale: float = 0.5
     price_floor: float = 0.2
+    trust: bool = True
     depth: int = 4
     timeline_tokens: int = 3
     device: str = "auto"

@@ -37,7 +37,7 @@ from specgate.report.plan_sizes import check_decoding, sizes_of
 from specgate.report.replay import progress
 from specgate.report.replay_shape import ModelShape
 from specgate.report.simulate_batch import ARM, Batch, Figures, Place, short
-from specgate.report.simulate_foresight import foresight_for, foresight_of
+from specgate.report.simulate_foresight import Views, foresight_for
 from specgate.report.simulate_groups import groups_of, weights_of
 from specgate.report.simulate_learned import Shelf, choose, costs_digest, games_of, picked, played, rewards_of
 from specgate.report.simulate_rows import COUNTED, cell_rows, compare_to_best, compare_to_main
@@ -91,7 +91,6 @@ class Simulation:
             self.policies |= {ARM + arm: p for arm, p in zip(bandit.labels, bandit.policies, strict=True)}
         self.foresight = foresight_for(self.policies.values(), settings.checkpoints, data)
         self._leave_out()
-        self._seen: dict[tuple[str, str, int, str], list[Workload]] = {}
         kept = ("codec", "host", "split", "documents", "tokens", "fit_documents", "context", "runtime",
                 "piece_mib", "forecast_us", "groupings", "seed")  # fmt: skip
         self.traces = [trace_identity(data, trace)]
@@ -143,21 +142,8 @@ class Simulation:
         self.scored = documents_of(self.data, settings.split, settings.documents, settings.tokens, **some)
         self.before = documents_of(self.data, other, settings.fit_documents, settings.tokens, **some)
         self.train = documents_of(self.data, "train", settings.fit_documents, settings.tokens)["none"]
+        self.views = Views({"scored": self.scored, "before": self.before}, self.foresight.lookahead)
         bar.remove_task(task)
-
-    def _foreseen(self, policy: Policy, fit: Workload, which: str) -> list[Workload]:
-        """The documents as a policy sees them, one by one; what several policies see is kept once."""
-        wants = foresight_of(policy)
-        pool = self.scored if which == "scored" else self.before
-        documents = pool[wants if wants in pool else "none"]
-        own = policy.name + repr(vars(policy)) if wants in ("eam", "oracle") else ""
-        horizons = policy.horizons
-        if wants in ("predictor", "uncalibrated") and self.foresight.lookahead is not None:
-            horizons = min(horizons, self.foresight.lookahead)
-        key = (which, wants, horizons, own)
-        if key not in self._seen:
-            self._seen[key] = [d.with_forecasts(policy.foresee(fit, d)) for d in documents]
-        return self._seen[key]
 
     def _batch(self, size: int, singles: Workload) -> Batch:
         deals, seed = self.settings.groupings, self.settings.seed
@@ -170,7 +156,7 @@ class Simulation:
             groups_of(scored, size, deals, seed),
             groups_of(before, size, deals, seed),
             {
-                label: (self._foreseen(p, singles, "scored"), self._foreseen(p, singles, "before"))
+                label: (self.views.of(p, singles, "scored"), self.views.of(p, singles, "before"))
                 for label, p in self.policies.items()
             },
         )

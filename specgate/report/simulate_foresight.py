@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 from specgate.calibration.load import find_checkpoint, load_predictor
 from specgate.calibration.registry import make_calibrator
 from specgate.policy.base import Policy
+from specgate.policy.workload import Workload
 from specgate.predictors import predictor_class
 from specgate.predictors.base import Predictor
+from specgate.runtime.trust import trusted
 from specgate.traces.datamodule import RoutingDataModule
 
 #: Foresight that needs neither a predictor nor the trace's hidden states.
@@ -79,3 +81,44 @@ def foresight_for(
         gate.calibrator = make_calibrator("temperature", gate)
         out.predictors["next_gate"] = gate
     return out
+
+
+class Views:
+    """The documents as policies see them, one by one; what several policies see is kept once.
+
+    Args:
+        documents: by part of the split (``before`` those that are scored, ``scored``) and foresight.
+        lookahead: of the predictor, if there is one.
+    """
+
+    def __init__(self, documents: Mapping[str, Mapping[str, list[Workload]]], lookahead: int | None) -> None:
+        self._documents, self._lookahead = documents, lookahead
+        self._kept: dict[tuple[object, ...], list[Workload]] = {}
+
+    def of(self, policy: Policy, fit: Workload, part: str) -> list[Workload]:
+        """A part's documents with what the policy foresees.
+
+        Where it learns how far to trust that, it does so on the documents before the scored ones, and on
+        these as they come, one sequence at a time.
+        """
+        wants, horizons = foresight_of(policy), policy.horizons
+        if wants in ("predictor", "uncalibrated") and self._lookahead is not None:
+            horizons = min(horizons, self._lookahead)
+        key = (wants, horizons, policy.name + repr(vars(policy)) if wants in ("eam", "oracle") else "")
+        if not policy.trust:
+            return self._keep((part, *key), lambda: self._plain(policy, fit, part))
+
+        def believed() -> list[Workload]:
+            before = self._plain(policy, fit, "before") if part == "scored" else []
+            return trusted([*before, *self._plain(policy, fit, part)])[len(before) :]
+
+        return self._keep((part, *key, "trust"), believed)
+
+    def _keep(self, key: tuple[object, ...], make: Callable[[], list[Workload]]) -> list[Workload]:
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def _plain(self, policy: Policy, fit: Workload, part: str) -> list[Workload]:
+        pool, wants = self._documents[part], foresight_of(policy)
+        return [d.with_forecasts(policy.foresee(fit, d)) for d in pool[wants if wants in pool else "none"]]

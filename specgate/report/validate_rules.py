@@ -22,6 +22,7 @@ from specgate.report.replay_settings import LEAST, ReplaySettings, variant_of
 from specgate.report.replay_trace import Document
 from specgate.report.simulate_trace import within
 from specgate.runtime.store import StoreSettings
+from specgate.runtime.trust import trusted
 
 #: Why a variant is not simulated.
 NOT_SIMULATED = {
@@ -60,7 +61,7 @@ class RowCases:
     settings: ReplaySettings
     script: Script
     experts: int
-    _foreseen: dict[tuple[str, float], Workload] = field(default_factory=dict)
+    _foreseen: dict[tuple[str, float, bool], Workload] = field(default_factory=dict)
 
     def of(self, row: Mapping[str, Any]) -> RowCase | str:
         """The case of a row, or why there is none.
@@ -75,7 +76,8 @@ class RowCases:
         threshold = own
         if kind.foresight == "forecast" and own is None:
             threshold = LEAST if kind.eviction == "priced" else self.settings.threshold
-        work = self._workload(kind.foresight, threshold or 0.0)
+        trust = self.settings.trust and kind.eviction == "priced" and kind.foresight is not None
+        work = self._workload(kind.foresight, threshold or 0.0, trust)
         blocks, settings = work.layers * work.experts, self.settings
         return RowCase(
             workload=work,
@@ -86,11 +88,11 @@ class RowCases:
             warmup=settings.warmup,
         )
 
-    def _workload(self, foresight: str | None, threshold: float) -> Workload:
-        key = (str(foresight), threshold)
+    def _workload(self, foresight: str | None, threshold: float, trust: bool) -> Workload:
+        key = (str(foresight), threshold, trust)
         if key not in self._foreseen:
             each = [self._document(document, foresight, threshold) for document in self.script.documents]
-            self._foreseen[key] = join(each)
+            self._foreseen[key] = join(trusted(each) if trust else each)
         return self._foreseen[key]
 
     def _document(self, document: Document, foresight: str | None, threshold: float) -> Workload:
@@ -144,7 +146,7 @@ def settings_of(record: Mapping[str, Any]) -> ReplaySettings:
     known = {f.name for f in fields(ReplaySettings)}
     try:
         found: Mapping[str, Any] = record["config"]["replay"]
-        older = {"ahead": False, "depth": 0, "price_floor": 0.0}  # of records that do not say
+        older = {"ahead": False, "depth": 0, "price_floor": 0.0, "trust": False}  # of records that do not say
         return ReplaySettings(**older | {name: value for name, value in found.items() if name in known})
     except (KeyError, TypeError) as error:
         raise ConfigError(
@@ -170,7 +172,16 @@ def check_same(settings: Sequence[ReplaySettings]) -> None:
         "kernels",
         "lookahead",
     )
-    for name in (*names, "ahead", "threshold", "price_scale", "price_floor", "depth", "prefetch_mib"):
+    for name in (
+        *names,
+        "ahead",
+        "threshold",
+        "price_scale",
+        "price_floor",
+        "trust",
+        "depth",
+        "prefetch_mib",
+    ):
         values = {getattr(one, name) for one in settings}
         if len(values) > 1:
             raise ConfigError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ from specgate.runtime.store_settings import StoreSettings, host_slots_that_fit
 NEVER = 1 << 62  # a deadline
 _KINDS = ("read", "copy", "direct", "stall")
 _LEVELS = ("demand", "prefetch")
+_HANDED_OVER = [field.name for field in fields(StoreSettings) if field.name not in ("price_scale", "faults")]
 
 
 class ExpertStore:
@@ -106,26 +108,10 @@ class ExpertStore:
             [layout.native_format()],
             [num_slots],
             [host_slots],
-            eviction=settings.eviction,
-            host_eviction=settings.host_eviction,
-            max_pending=settings.max_pending,
-            max_reads=settings.max_reads,
-            prefetch_copy_bytes=settings.prefetch_copy_bytes,
-            prefetch_read_bytes=settings.prefetch_read_bytes,
-            piece_bytes=settings.piece_bytes,
             price_scale=-1.0 if settings.price_scale is None else settings.price_scale,
-            price_floor=settings.price_floor,
-            prefetch_depth=settings.prefetch_depth,
-            half_life=settings.half_life,
-            device=self._index,
-            poison=settings.poison,
-            timeline=settings.timeline,
-            workers=settings.workers,
-            reader=settings.reader,
-            direct=settings.direct,
-            depth=settings.depth,
-            threads=settings.threads,
             faults=list(settings.faults),
+            device=self._index,
+            **{name: getattr(settings, name) for name in _HANDED_OVER},
             in_memory=source is None,
             memory=memory,
         )

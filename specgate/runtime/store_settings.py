@@ -33,6 +33,7 @@ class StoreSettings:
             fetch costs energy and the host's time on a link that is free.
         prefetch_depth: events ahead that a forecast expert is fetched for with ``priced``; what is foreseen
             beyond them guides eviction alone. 0: all are fetched for.
+        trust: forecasts are believed as far as earlier ones of like p and horizon came true (csrc/trust.h).
         reader: ``auto``, ``io_uring`` or ``pread``.
         direct: read past the page cache (O_DIRECT) where the file system allows it.
         depth: reads in flight for io_uring; threads: for pread.
@@ -54,6 +55,7 @@ class StoreSettings:
     price_scale: float | None = None
     price_floor: float = 0.0
     prefetch_depth: int = 0
+    trust: bool = False
     reader: str = "auto"
     direct: bool = True
     depth: int = 32

@@ -67,6 +67,7 @@ NB_MODULE(_native, m) {
   specgate::bind_file(m);
   specgate::bind_codec(m);
   specgate::bind_speculate(m);
+  specgate::bind_trust(m);
   specgate::bind_simulator(m);
   specgate::bind_store(m);
 }

@@ -9,6 +9,7 @@ void bind_ledger(nanobind::module_& m);
 void bind_file(nanobind::module_& m);
 void bind_codec(nanobind::module_& m);
 void bind_speculate(nanobind::module_& m);
+void bind_trust(nanobind::module_& m);
 void bind_simulator(nanobind::module_& m);
 void bind_store(nanobind::module_& m);
 

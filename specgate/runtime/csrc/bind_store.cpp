@@ -155,6 +155,9 @@ nb::dict stats(const Store& store) {
   out["followed"] = own.followed;
   out["lost"] = own.lost;
   out["unworthy"] = own.unworthy;
+  out["forecasts_judged"] = own.forecasts.said;
+  out["forecasts_stated"] = own.forecasts.stated;
+  out["forecasts_true"] = own.forecasts.used;
   out["device_bytes"] = store.device_bytes();
   out["host_bytes"] = store.host_bytes();
   return out;
@@ -191,7 +194,7 @@ void bind_store(nb::module_& m) {
              int64_t prefetch_copy_bytes, int64_t prefetch_read_bytes, double half_life, int device, bool poison,
              size_t timeline, int workers, const std::string& reader, bool direct, int depth, int threads,
              std::vector<FaultTuple> faults, bool in_memory, const std::vector<uintptr_t>& memory,
-             int64_t piece_bytes, double price_scale, double price_floor, int64_t prefetch_depth) {
+             int64_t piece_bytes, double price_scale, double price_floor, int64_t prefetch_depth, bool trust) {
             StoreConfig config;
             config.paths = std::move(paths);
             config.blocks = stored_blocks(blocks);
@@ -213,6 +216,7 @@ void bind_store(nb::module_& m) {
             config.piece_bytes = static_cast<size_t>(piece_bytes);
             config.price_scale = price_scale;
             config.price_floor = price_floor;
+            config.trust = trust;
             config.prefetch_depth = prefetch_depth;
             config.reader.backend = backend_of(reader);
             config.reader.direct = direct;
@@ -229,7 +233,7 @@ void bind_store(nb::module_& m) {
           "reader"_a = "auto", "direct"_a = true, "depth"_a = 32, "threads"_a = 4,
           "faults"_a = std::vector<FaultTuple>{}, "in_memory"_a = false,
           "memory"_a = std::vector<uintptr_t>{}, "piece_bytes"_a = int64_t{2} << 20, "price_scale"_a = -1.0, "price_floor"_a = 0.0,
-          "prefetch_depth"_a = 0)
+          "prefetch_depth"_a = 0, "trust"_a = false)
       .def("acquire", &acquire, "blocks"_a, "stream"_a = 0)
       .def("release", &Store::release, "blocks"_a, "stream"_a = 0, nb::call_guard<nb::gil_scoped_release>())
       .def(

@@ -47,6 +47,7 @@ Store::Store(StoreConfig config) : config_(std::move(config)), timeline_(config_
   ledger_ = std::make_unique<Ledger>(classes_of(config_.blocks), bytes_of(config_.formats), config_.device_slots,
                                      config_.host_slots, config_.eviction, config_.host_eviction, config_.ledger);
   copying_.resize(config_.blocks.size());
+  if (config_.trust) trust_.emplace(config_.blocks.size());
   int64_t slots = 0;
   for (const int64_t count : config_.device_slots) {
     first_slot_.push_back(slots);
@@ -91,6 +92,7 @@ bool Store::demand(const std::vector<uint32_t>& blocks) {
   require_open();
   ledger_->demand(blocks);
   ++counters_.acquires;
+  if (trust_) trust_->used(blocks, ledger_->now());
   if (config_.price_scale >= 0) {
     pricer_.event(now_ns(), counters_.stall_ns - stall_seen_ns_);
     stall_seen_ns_ = counters_.stall_ns;
@@ -261,7 +263,9 @@ Counters Store::counters() const {
 
 StoreCounters Store::store_counters() const {
   const std::lock_guard lock(mutex_);
-  return counters_;
+  StoreCounters counters = counters_;
+  if (trust_) counters.forecasts = trust_->total();
+  return counters;
 }
 
 Block Store::block(uint32_t b) const {

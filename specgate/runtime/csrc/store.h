@@ -23,6 +23,7 @@
 #include "spin_lock.h"
 #include "task_pool.h"
 #include "timeline.h"
+#include "trust.h"
 
 namespace specgate {
 
@@ -50,6 +51,7 @@ struct StoreConfig {
   double price_scale = -1.0;  ///< on the link's utilisation, in the price of a forecast (priced); < 0: fetch all
   double price_floor = 0.0;  ///< of that price, per ns of the copy
   int64_t prefetch_depth = 0;  ///< events ahead that a forecast is fetched for, beyond them it guides eviction (priced); 0: all
+  bool trust = false;  ///< forecasts are believed as far as those before them came true
   size_t piece_bytes = size_t{2} << 20;  ///< of a forecast's copy, between which a demand goes first; 0: whole
 };
 
@@ -66,6 +68,7 @@ struct StoreCounters {
   int64_t stall_ns = 0, stalls = 0, acquires = 0, failures = 0;
   int64_t followed = 0, lost = 0;  ///< forecasts of a ring that were seen, and overwritten before
   int64_t unworthy = 0;            ///< forecasts that were not worth their bytes
+  Trust::Seen forecasts;           ///< that were judged, where they are (StoreConfig::trust)
 };
 
 class Store {
@@ -134,7 +137,8 @@ class Store {
   void stop_background();
   void pump_later();
   void advance_clock(int64_t now);              // mutex_ is held, as for all below
-  Asked ask(const Foreknown& foreknown);
+  Asked ask(Foreknown foreknown);
+  void believe(Foreknown& foreknown);
   bool near(const Foreknown& foreknown) const;
   bool worth(const Foreknown& foreknown);
   double value_of_victim(uint32_t shape_class);
@@ -176,6 +180,7 @@ class Store {
   std::string broken_;                          // a failure after which values may be wrong
   Timeline timeline_;
   Pricer pricer_;
+  std::optional<Trust> trust_;
   std::vector<double> victims_;  ///< per shape class: what goes first is worth, before this call's forecasts; < 0: not known
   int64_t link_free_ns_ = 0, stall_seen_ns_ = 0;
   double read_ns_ = 0, read_bytes_ = 0;         // of demands

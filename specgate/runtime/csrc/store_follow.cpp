@@ -26,6 +26,7 @@ void Store::follow(std::shared_ptr<const ForecastRing> ring, uint32_t first_bloc
   {
     const std::lock_guard lock(mutex_);
     require_open();
+    if (trust_) trust_->set_slack(1);  // uses and the clock are told by different threads
   }
   following_ = true;
   follower_ = std::thread([this, ring = std::move(ring), first_block, experts, layers] {

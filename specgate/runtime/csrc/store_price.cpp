@@ -5,7 +5,18 @@
 
 namespace specgate {
 
-Asked Store::ask(const Foreknown& f) {
+/// Puts the chance that was learned in the place of the p that was said.
+void Store::believe(Foreknown& f) {
+  const int64_t now = ledger_->now(), ahead = f.deadline - now;
+  if (!trust_ || ahead < 1 || ahead > Trust::kFar || f.target != Target::Device) return;
+  trust_->settle(now - 1);  // what the event under way uses may not have been told yet
+  const double said = f.p;
+  f.p = trust_->of(said, ahead);
+  trust_->said(f.block, said, f.deadline, now);
+}
+
+Asked Store::ask(Foreknown f) {
+  if (f.block < ledger_->size() && f.p >= 0 && f.p <= 1) believe(f);
   if (config_.price_scale >= 0 && f.block < ledger_->size() && f.p >= 0 && f.p <= 1 && !(near(f) && worth(f))) {
     ledger_->hint(f.block, f.p, f.deadline);
     ++counters_.unworthy;
