@@ -1,5 +1,5 @@
 // The threaded store, on the CPU and over an emulated CUDA runtime (SPECGATE_TEST_DEVICE=0): content, faults, closing, and a soak of random operations from several threads.
-//   SPECGATE_SOAK_SECONDS=600 makes the soak that long (default 2).
+//   SPECGATE_SOAK_SECONDS=600 makes the soak that long (default 4).
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -258,7 +258,8 @@ size_t entries(const char* folder) {
 }
 
 /// Random operations from several threads at full load; every content is compared.
-void soak(double seconds) {
+/// `priced`: forecasts are judged, most of them by the store's own thread.
+void soak(double seconds, bool priced) {
   const size_t threads_before = entries("/proc/self/task"), files_before = entries("/proc/self/fd");
   const Fixture fixture(64);
   size_t early = 0;
@@ -267,6 +268,12 @@ void soak(double seconds) {
     config.ledger.max_pending = 16;
     config.ledger.prefetch_copy_bytes = 4 * kBlock;
     config.timeline = 4096;
+    if (priced) {
+      config.eviction = "priced";
+      config.price_scale = 0.6, config.price_floor = 0.2;
+      config.prefetch_depth = 4;
+      config.trust = true;
+    }
     Store store(std::move(config));
     std::atomic<bool> stop{false};
     std::atomic<int64_t> acquired{0}, wrong{0}, now{0};
@@ -280,8 +287,17 @@ void soak(double seconds) {
             const auto b = static_cast<uint32_t>(std::min(random() % 64, random() % 64));
             if (std::find(blocks.begin(), blocks.end(), b) == blocks.end()) blocks.push_back(b);
           }
+          std::vector<Foreknown> foreknown;
           for (int i = 0; i < 3; ++i) {
-            store.prefetch(static_cast<uint32_t>(random() % 64), (random() % 100) / 100.0, now + static_cast<int64_t>(random() % 4), random() % 3 ? Target::Device : Target::Host);
+            foreknown.push_back({static_cast<uint32_t>(random() % 64), (random() % 100) / 100.0,
+                                 now + static_cast<int64_t>(random() % 6), random() % 3 ? Target::Device : Target::Host});
+          }
+          if (priced && random() % 8) {
+            store.foresee(std::move(foreknown));
+          } else if (random() % 2) {
+            store.prefetch_all(foreknown);
+          } else {
+            for (const Foreknown& f : foreknown) store.prefetch(f.block, f.p, f.deadline, f.target);
           }
           const auto slots = acquire(store, blocks);
           for (size_t i = 0; i < blocks.size(); ++i) wrong += !fixture.right(store, blocks[i], slots[i]);
@@ -307,7 +323,8 @@ void soak(double seconds) {
     store.check();
     const Counters counters = store.counters();
     CHECK(wrong == 0);
-    CHECK(counters.stale > 0);
+    CHECK(priced || counters.stale > 0);
+    CHECK(!priced || (store.store_counters().forecasts.said > 0 && store.store_counters().unworthy > 0));
     CHECK(counters.hit + counters.late + counters.host_hit + counters.miss == acquired);
 #ifndef __SANITIZE_ADDRESS__      // which keeps freed memory for a while
     CHECK(late < early + 8192);  // KiB: memory does not drift
@@ -330,6 +347,6 @@ int main() {
   faults();
   closing();
   const char* seconds = std::getenv("SPECGATE_SOAK_SECONDS");
-  soak(seconds ? std::atof(seconds) : 2.0);
+  for (const bool priced : {false, true}) soak(seconds ? std::atof(seconds) / 2 : 2.0, priced);
   return test::report("test_store");
 }

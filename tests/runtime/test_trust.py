@@ -10,7 +10,12 @@ import pytest
 
 from specgate.errors import ConfigError
 from specgate.policy.workload import Forecasts, Workload, decoding
+from specgate.runtime import native
+from specgate.runtime.source import ExpertSource
+from specgate.runtime.store import ExpertStore, StoreSettings
 from specgate.runtime.trust import trusted
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the native core is not compiled")
 
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9)
 PRIOR, HALF, CERTAIN = 16.0, 8192.0, 0.999
@@ -147,3 +152,31 @@ def test_what_makes_no_sense_is_refused() -> None:
 
 def test_nothing_is_nothing() -> None:
     assert trusted([]) == []
+
+
+def test_trust_is_lost_by_forecasts_that_do_not_come_true() -> None:
+    """Experts 0 and 1 of each layer are said to be used with 0.9 and 0.3; 1 and 2 are."""
+    fetched, source = {}, ExpertSource.open("olmoe_ref")
+    for trust in (False, True):
+        settings = StoreSettings(eviction="priced", price_scale=0.5, price_floor=0.2, trust=trust)
+        with ExpertStore(source, 6, settings=settings) as store:
+            wrong = 0
+            for clock in range(1, 250):
+                layer, later = clock % 8, (clock + 2) % 8
+                store.advance(clock)
+                store.acquire(layer, [1, 2])
+                store.release(layer, [1, 2])
+                before = store.state(later, 0)[0]
+                store.prefetch_all(later, [(0, 0.9), (1, 0.3)], clock + 2)
+                store.drain()
+                wrong += clock > 200 and before == "ABSENT" and store.state(later, 0)[0] == "PRESENT"
+            stats = store.stats()
+            fetched[trust] = wrong
+            if trust:
+                assert stats["forecasts_judged"] == pytest.approx(2 * 246, abs=4)
+                assert stats["forecasts_true"] == pytest.approx(246, abs=4)
+                assert stats["forecasts_stated"] == pytest.approx(1.2 * 246, abs=4)
+            else:
+                assert stats["forecasts_judged"] == 0
+    assert fetched[False] > 25, "as probable as they are said to be, they are worth their bytes"
+    assert fetched[True] == 0
