@@ -24,7 +24,8 @@ from specgate.report.publish import publish
 from specgate.report.record import Run, read_record
 from specgate.report.replay_shape import ModelShape
 from specgate.report.results import make
-from specgate.report.simulate import foresight_of, simulate
+from specgate.report.simulate import simulate
+from specgate.report.simulate_foresight import foresight_of
 from specgate.report.simulate_page import policies_of
 from specgate.report.simulate_rows import interval, resampled, share_of_gain
 from specgate.report.simulate_settings import SimulateSettings, slots_for

@@ -158,3 +158,18 @@ def test_beyond_the_depth_nothing_is_fetched(depth):
         store.drain()
         state = [store.state(0, e)[0] for e in (1, 2, 3)]
         assert state == ["PRESENT", "PRESENT", "ABSENT" if depth else "PRESENT"]
+
+
+def test_what_has_no_deadline_is_fetched_whatever_the_depth():
+    settings = StoreSettings(eviction="priced", price_scale=0.5, prefetch_depth=2)
+    layout = BlockLayout.make([("up", (8, 8), torch.float32)])
+    with ExpertStore(None, L * E, settings=settings, layout=layout, layers=L, experts=E) as store:
+        store.warm(experts=[(0, 1), (1, 2)])
+        assert [store.state(*at)[0] for at in ((0, 1), (1, 2), (1, 3))] == ["PRESENT", "PRESENT", "ABSENT"]
+        for clock in range(1, 9):  # what copies and events take is known now
+            store.advance(clock)
+            store.acquire(0, [clock % E])
+            store.release(0, [clock % E])
+        store.warm()
+        assert store.stats()["unworthy"] == 0
+        assert all(store.state(layer, e)[0] == "PRESENT" for layer in range(L) for e in range(E))

@@ -55,6 +55,8 @@ struct StoreConfig {
   size_t piece_bytes = size_t{2} << 20;  ///< of a forecast's copy, between which a demand goes first; 0: whole
 };
 
+constexpr int64_t kNoDeadline = int64_t{1} << 62;  ///< of a block that is wanted whenever it can come
+
 /// A block that a forecast says is needed.
 struct Foreknown {
   uint32_t block = 0;

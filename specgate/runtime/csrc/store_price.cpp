@@ -41,7 +41,8 @@ double Store::value_of_victim(uint32_t shape_class) {
 /// Whether a new transfer may begin so early.
 bool Store::near(const Foreknown& f) const {
   const Block& block = ledger_->block(f.block);
-  return config_.prefetch_depth <= 0 || f.deadline - ledger_->now() <= config_.prefetch_depth ||
+  return config_.prefetch_depth <= 0 || f.deadline >= kNoDeadline ||
+         f.deadline - ledger_->now() <= config_.prefetch_depth ||
          f.target != Target::Device || block.device != Place::Absent || block.want;
 }
 
@@ -59,8 +60,8 @@ bool Store::worth(const Foreknown& f) {
   const double value = value_of_victim(block.shape_class);
   const int64_t ahead = std::max<int64_t>(f.deadline - ledger_->now(), 1);
   // behind more than this it would save nothing
-  const auto most = static_cast<int64_t>((static_cast<double>(ahead) * pricer_.mean_event_ns() + load_ns) / copy_ns) + 1;
-  const int64_t before = ledger_->backlog(f.deadline, f.p, ledger_->bytes(f.block), std::min<int64_t>(most, 4096));
+  const double most = (static_cast<double>(ahead) * pricer_.mean_event_ns() + load_ns) / copy_ns + 1.0;
+  const int64_t before = ledger_->backlog(f.deadline, f.p, ledger_->bytes(f.block), static_cast<int64_t>(std::min(most, 4096.0)));
   const double backlog_ns = static_cast<double>(before) * pricer_.ns_per_byte();
   return pricer_.worth(f.p, ahead, load_ns, copy_ns, backlog_ns, value, config_.price_scale, config_.price_floor);
 }
