@@ -24,6 +24,7 @@ from specgate.report.live_rows import make_rows
 from specgate.report.live_run import Generated, Watched, generate
 from specgate.report.live_settings import WAYS, WIDE, Budget, LiveSettings, budgets
 from specgate.report.meters import NO_ENERGY, EnergyCounter, Meter
+from specgate.report.padded import save_padded
 from specgate.report.partial import Partial
 from specgate.report.replay import progress
 from specgate.report.replay_shape import ModelShape
@@ -53,6 +54,8 @@ class Live:
         self.energy = EnergyCounter(self.device)
         self.wide = settings.model == WIDE
         self.name = shape.name if self.wide else Path(settings.model).name
+        if settings.expert_mib is not None:
+            self.name += f", experts padded to {settings.expert_mib:g} MiB"
         self.forced = settings.text == "forced" or (settings.text == "auto" and self.wide)
         known = asdict(settings) | {"resume": None, "shape": shape.describe() if self.wide else None}
         self.partial = Partial(folder, known, settings.resume)
@@ -77,6 +80,10 @@ class Live:
                     save_wide(self.shape, self.scratch / self.name, self.device, self.settings.seed)
                 )
             self.dtype = dtype_of(self.model, self.settings.dtype)
+            if self.settings.expert_mib is not None:
+                self.console.print(f"writing {self.name}", highlight=False)
+                sizes = (self.settings.expert_mib, self.scratch / "padded", getattr(torch, self.dtype))
+                self.model = str(save_padded(self.model, *sizes))
             self.prompts = read_prompts(self.model, self.settings)
             self.budgets = self._budgets()
             measured = self._measure_all()
@@ -114,6 +121,7 @@ class Live:
             "dtype": self.dtype,
             "forced": self.forced,
             "random_weights": self.wide,
+            "expert_mib": self.settings.expert_mib,
             "layers": self.plan.layers,
             "experts": self.plan.experts,
             "top_k": self.plan.top_k,

@@ -100,6 +100,8 @@ class LiveSettings:
     Attributes:
         model: a bundled name, a directory, a name on the hub, or ``wide``: one of the chosen shape with
             random weights.
+        expert_mib: the model's experts are padded with zeros to this size at least, in the dtype that it runs
+            in; it generates the same. None: as they are.
         variants: of :data:`WAYS`.
         residency: shares of all experts that have a slot.
         checkpoints: predictors of the model's routing, one per stack and phase; without, variants that need
@@ -117,6 +119,7 @@ class LiveSettings:
     """
 
     model: str = "olmoe_ref"
+    expert_mib: float | None = None
     variants: Sequence[str] = PLAIN
     residency: Sequence[float] = (0.125, 0.25, 0.5, 1.0)
     checkpoints: Sequence[str] = ()
@@ -149,6 +152,10 @@ class LiveSettings:
         for name, low in (least | {"timeline_tokens": 1}).items():
             if getattr(self, name) < low:
                 raise ConfigError(f"live.{name}={getattr(self, name)} is too small; write {low} or more.")
+        if self.expert_mib is not None and self.model == WIDE:
+            raise ConfigError(
+                "live.expert_mib pads a model that is there; of live.model=wide choose the shape."
+            )
         for name, choices in (("text", TEXTS), ("dtype", DTYPES)):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"live.{name}={getattr(self, name)}; choose one of {', '.join(choices)}.")
