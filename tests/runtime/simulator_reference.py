@@ -9,6 +9,9 @@ from collections import Counter, defaultdict
 from math import inf, log
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tests.runtime.simulator_state import Copy, State, Transfer
 
 
@@ -189,8 +192,8 @@ class Reference(State):
             if b in self.flying and not given_up:
                 self.flying[b].stage = "staged"
 
-    def work(self, until: float) -> None:
-        """The link, the file and the forecasts until a time."""
+    def work(self, until: float, waits: bool = False) -> None:
+        """The link, the file and the forecasts until a time; ``waits``: the event does."""
         while True:
             self.land()
             while self.points and self.points[0][0] <= self.t:
@@ -203,6 +206,8 @@ class Reference(State):
                 moments.append(self.link.end if self.link else self.link_free)
             if self.file or self.file_free > self.t:
                 moments.append(self.file[1] if self.file else self.file_free)
+            if self.link and not waits:
+                self.copied.append((self.t, min(moments)))
             self.t = min(moments)
 
     # ---- Events
@@ -216,6 +221,16 @@ class Reference(State):
         self.count("wasted_bytes", self.spent[b] if unused else 0)
         self.low.discard(b)
 
+    def part(self, part_N: NDArray[np.float64] | None, n: int) -> float:
+        return 0.0 if part_N is None else float(part_N[n])
+
+    def longer(self, begin: float, length: float) -> float:
+        """What copies that nobody waited for add to the host's work."""
+        busy, end = 0.0, begin + length
+        for since, to in self.copied:
+            busy += min(to, end) - since if begin <= since < end else 0.0
+        return self.c.link_slowdown * busy
+
     def event(self, n: int) -> None:
         step, layer = divmod(n, self.L)
         c, began = self.c, self.t
@@ -228,12 +243,19 @@ class Reference(State):
         if c.launch_ns_N is not None:
             until = max(device, self.router + (c.launch_ns_N[n] + c.event_ns))
         self.work(until)
+        until = device + self.longer(began, self.part(c.host_pre_ns_N, n) + c.event_ns)
+        if c.launch_ns_N is not None:
+            launch = c.launch_ns_N[n] + c.event_ns
+            until = max(until, self.router + launch + self.longer(self.router, launch))
+        self.work(until)
         self.router = router = self.t
         there, fetched, judged = self.demand(n)
         self.complete = there
         self.points.append((router + c.forecast_ns, step * (self.L + 1) + layer + 1))
-        self.work(there)
+        self.work(there, waits=True)
         self.work(there + c.exec_ns_N[n])
+        late = self.longer(there, self.part(c.host_exec_ns_N, n))
+        self.work(self.t + late)
         if self.r.admission == "gate" and not self.free(self.pool(layer * self.E)):
             stay = [
                 self.decayed(b)
@@ -246,7 +268,7 @@ class Reference(State):
             for b in [b for b in self.present if b // self.E == layer]:
                 if not (self.present[b] and self.came_for[b] > n):
                     self.evict(b)
-        work, stall = c.pre_ns_N[n] + c.exec_ns_N[n] + (until - device), there - router
+        work, stall = c.pre_ns_N[n] + c.exec_ns_N[n] + (until - device + late), there - router
         times["compute_ns"] += work + c.event_ns
         times["stall_ns"] += stall
         times["total_ns"] += self.t - began

@@ -76,6 +76,7 @@ class State:
         self.link: Copy | None = None
         self.file: tuple[int, float, bool] | None = None  # block, end, given up
         self.link_free = self.file_free = self.complete = 0.0  # complete: an event's experts are all there
+        self.copied: list[tuple[float, float]] = []  # from, to: on the link while no event waited
         self.points: list[tuple[float, int]] = []
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: list[Counter[str]] = [Counter() for _ in range(workload.documents)]
