@@ -77,7 +77,7 @@ def test_stepping_stops_at_the_same_points() -> None:
     """A forecast that becomes known in the time that copies add is judged in it."""
     w = calls([0], [0], [0])
     seen = foresee(w, (1, 2, 3, 0.9), (2, 1, 2, 0.9))
-    # The first forecast is known at 70, what it fetches is on the link from then to 180: the router of event 1,
+    # The first forecast is known at 70, what it fetches is on the link from then to 180: event 1's router,
     # which the host would have had at 130, chooses at 160. What is known before event 1 comes at 140
     costs = costs_of(w, forecast_ns=40.0, launch_ns_N=np.array([30.0, 100.0, 0.0]), **HALF)
     whole = simulate(seen, costs, ALL, 4, warm=[0])
