@@ -45,11 +45,6 @@ class Work:
         """Whether an event is the first of its step."""
         return np.arange(len(self.dense_N)) % max(self.layers, 1) == 0
 
-    @property
-    def asked_N(self) -> Nanoseconds:
-        """Time in which the host hands over what is foreseen after the event before each."""
-        return np.where(np.arange(len(self.dense_N)) > 0, self.asked, 0.0)
-
 
 @dataclass(frozen=True, eq=False)
 class Ends:
@@ -92,7 +87,7 @@ def answered_at_once(work: Work) -> Ends:
     before_N = np.concatenate([np.zeros(min(1, len(exec_N))), exec_N[:-1]])
     launched_N = np.full(len(exec_N), float(work.launch_experts))
     launched_N[:1] = 0.0
-    waited_N = np.maximum(0.0, launches_N + launched_N + work.asked_N - before_N)
+    waited_N = np.maximum(0.0, launches_N + launched_N + work.asked - before_N)
     late_pre_N, late_exec_N = waited_N > dense_N, work.experts_N < work.launch_experts
     return Ends(
         np.maximum(dense_N, waited_N),
@@ -116,7 +111,7 @@ def waited_for(work: Work, readback: float, upload: float, ahead: bool) -> Ends:
     E, o = work.launch_experts, work.operation
     if not ahead:
         exec_N, bound_exec_N = work.experts_N + E, np.full(len(work.experts_N), E)
-        bound_N = work.launches_N + work.asked_N
+        bound_N = work.launches_N + work.asked
         bound_N[work.first_N] += work.launch_head + work.asked
         pre_N = work.dense_N + bound_N
         pre_N[work.first_N] += work.head_S
@@ -127,7 +122,7 @@ def waited_for(work: Work, readback: float, upload: float, ahead: bool) -> Ends:
         bound_exec_N = np.where(late_exec_N, E, o)
         before_N = np.concatenate([np.full(min(1, len(exec_N)), E), exec_N[:-1]])
         # The device works on when the host has launched the experts before; negative: it is done by then.
-        after_N = before_N - E - work.asked_N
+        after_N = before_N - E - work.asked
         begin_N = np.maximum(after_N, o)
         pre_N = np.maximum(work.launches_N, begin_N + work.dense_N) - after_N
         late_pre_N = work.launches_N > begin_N + work.dense_N
@@ -158,7 +153,7 @@ def launched_ahead(work: Work, readback: float, send: float) -> Ends:
     exec_N = work.experts_N + (send + o)  # of an event that waits for no copy; others have that behind them
     dense_N = np.maximum(work.launches_N, o + work.dense_N) + readback  # if the device waits for the host
     head_S = np.maximum(work.launch_head, o + work.head_S) + readback
-    pre_N, launch_N = work.dense_N + readback, dense_N + (send + E) + work.asked_N
+    pre_N, launch_N = work.dense_N + readback, dense_N + (send + E + work.asked)
     pre_N[first_N] = work.head_S + readback + work.asked + dense_N[first_N]
     launch_N[first_N] += head_S + work.asked
     bound_N = np.where(
