@@ -9,9 +9,6 @@ from collections import Counter, defaultdict
 from math import inf, log
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from tests.runtime.simulator_state import Copy, State, Transfer
 
 
@@ -220,16 +217,6 @@ class Reference(State):
         self.count("evictions")
         self.count("wasted_bytes", self.spent[b] if unused else 0)
         self.low.discard(b)
-
-    def part(self, part_N: NDArray[np.float64] | None, n: int) -> float:
-        return 0.0 if part_N is None else float(part_N[n])
-
-    def longer(self, begin: float, length: float) -> float:
-        """What copies that nobody waited for add to the host's work."""
-        busy, end = 0.0, begin + length
-        for since, to in self.copied:
-            busy += min(to, end) - since if begin <= since < end else 0.0
-        return self.c.link_slowdown * busy
 
     def event(self, n: int) -> None:
         step, layer = divmod(n, self.L)
