@@ -9,7 +9,9 @@ machine's speeds; a test writes them by hand.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 from specgate.errors import ConfigError
 
 Nanoseconds = NDArray[np.float64]
+_OPTIONAL = ("launch_ns_N", "host_pre_ns_N", "host_exec_ns_N")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +41,10 @@ class Costs:
         launch_ns_N: float64, the host's time from the choice of the router of event n - 1 (from the start,
             for n = 0) until all that comes before the choice of that of event n is launched: it cannot be
             made earlier, however fast the device is. None: the other times include it.
+        link_slowdown: by how much the host's work takes longer, relative to it, while the link copies what no
+            event waits for: 0.12 is 12 %. The host's work: launch_ns_N, event_ns and the next two.
+        host_pre_ns_N, host_exec_ns_N: float64, of pre_ns_N and exec_ns_N, what the host's launches bind.
+            None: nothing.
 
     Raises:
         ConfigError: if a number makes no sense.
@@ -54,6 +61,9 @@ class Costs:
     pre_ns_N: Nanoseconds
     exec_ns_N: Nanoseconds
     launch_ns_N: Nanoseconds | None = None
+    link_slowdown: float = 0.0
+    host_pre_ns_N: Nanoseconds | None = None
+    host_exec_ns_N: Nanoseconds | None = None
 
     def __post_init__(self) -> None:
         for name in ("expert_bytes", "link_chunk_bytes"):
@@ -68,8 +78,12 @@ class Costs:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name}={value} is no time; write nanoseconds, 0 or more.")
-        for name in ("pre_ns_N", "exec_ns_N", "launch_ns_N"):
-            if getattr(self, name) is None and name == "launch_ns_N":
+        if not (math.isfinite(self.link_slowdown) and self.link_slowdown >= 0):
+            raise ConfigError(
+                f"link_slowdown={self.link_slowdown} slows nothing down; write 0 or more (0.12 is 12 %)."
+            )
+        for name in ("pre_ns_N", "exec_ns_N", *_OPTIONAL):
+            if getattr(self, name) is None and name in _OPTIONAL:
                 continue
             values = np.ascontiguousarray(getattr(self, name), dtype=np.float64)
             if values.ndim != 1:
@@ -90,6 +104,13 @@ class Costs:
                 f"{len(self.pre_ns_N)} times before events and {len(self.exec_ns_N)} of events cannot belong "
                 "together; write one of each per event."
             )
+        for name, of in (("host_pre_ns_N", self.pre_ns_N), ("host_exec_ns_N", self.exec_ns_N)):
+            values = getattr(self, name)
+            if values is not None and (len(values) != len(of) or (values > of).any()):
+                raise ConfigError(
+                    f"{name} is no part of {name.removeprefix('host_')}; write one time per event, none "
+                    "above that of the event."
+                )
 
     @property
     def events(self) -> int:
@@ -117,6 +138,14 @@ class Costs:
 
     def part(self, first: int, last: int) -> Costs:
         """The costs of events ``first`` to ``last`` - 1 alone."""
-        launch_N = None if self.launch_ns_N is None else self.launch_ns_N[first:last]
-        pre_N, exec_N = self.pre_ns_N[first:last], self.exec_ns_N[first:last]
-        return replace(self, pre_ns_N=pre_N, exec_ns_N=exec_N, launch_ns_N=launch_N)
+        return self._each(lambda values_N: values_N[first:last])
+
+    def scaled(self, factor: float) -> Costs:
+        """With all times of host and device, not those of copies, reads and forecasts, times ``factor``."""
+        return replace(self._each(lambda values_N: values_N * factor), event_ns=self.event_ns * factor)
+
+    def _each(self, change: Callable[[Nanoseconds], Nanoseconds]) -> Costs:
+        """With all arrays changed alike."""
+        arrays = {name: getattr(self, name) for name in ("pre_ns_N", "exec_ns_N", *_OPTIONAL)}
+        changed: dict[str, Any] = {k: None if v is None else change(v) for k, v in arrays.items()}
+        return replace(self, **changed)

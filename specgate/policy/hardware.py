@@ -32,7 +32,7 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
     *("link_latency_us", "file_latency_us", "kernel_us", "reserved_gb"),
-    *("operation_us", "readback_us", "upload_us", "send_us"),
+    *("operation_us", "readback_us", "upload_us", "send_us", "launch_slowdown"),
 )
 _UNKNOWN = (
     *("pageable_gb_per_s", "operation_us", "readback_us", "upload_us", "send_us", "gathered_gb_per_s"),
@@ -60,6 +60,8 @@ class Hardware:
         readback_us: how much longer a layer takes if the host reads its router's choice. upload_us: if it
             sends the slots of its experts over and waits, send_us: if it does not wait. None: unknown,
             taken as 0.
+        launch_slowdown: by how much a layer's launches take longer while a copy to the device is under way,
+            relative to them; 0: unknown, or none.
         gathered_gb_per_s: bandwidth at which experts are copied together and multiplied; None: unknown,
             memory's.
         source: where the figures come from.
@@ -91,6 +93,7 @@ class Hardware:
     readback_us: float | None = None
     upload_us: float | None = None
     send_us: float | None = None
+    launch_slowdown: float = 0.0
     gathered_gb_per_s: float | None = None
     file: str = "disk"
     ahead: bool = True

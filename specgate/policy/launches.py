@@ -26,6 +26,8 @@ class Work:
         head_S: device time of the head of the step before. launch_head: the host's time to launch it.
         operation: the host's time for one operation: the device can begin when the first is launched.
         layers: L.
+        asked: the host's time to hand over what is foreseen: at the begin of a step, and once an event's
+            experts are launched.
     """
 
     dense_N: Nanoseconds
@@ -36,6 +38,7 @@ class Work:
     launch_head: float
     operation: float
     layers: int
+    asked: float = 0.0
 
     @property
     def first_N(self) -> NDArray[np.bool_]:
@@ -51,6 +54,8 @@ class Ends:
         pre_N, exec_N: as in :class:`specgate.policy.costs.Costs`.
         host_N: of their sum, in which the host waits for an answer or sends something over.
         late_pre_N, late_exec_N: whether launches bound the rest, not the device.
+        bound_pre_N, bound_exec_N: of pre_N and exec_N, in which the host launches, or hands over what is
+            foreseen, and the device does nothing meanwhile, or less.
         launch_N: as in Costs; None: launches are in the other times.
     """
 
@@ -59,6 +64,8 @@ class Ends:
     host_N: Nanoseconds
     late_pre_N: NDArray[np.bool_]
     late_exec_N: NDArray[np.bool_]
+    bound_pre_N: Nanoseconds
+    bound_exec_N: Nanoseconds
     launch_N: Nanoseconds | None = None
 
     @property
@@ -75,18 +82,21 @@ def answered_at_once(work: Work) -> Ends:
     """Waiting for the router costs nothing of its own: all that a vendor's figures tell."""
     dense_N, launches_N = work.dense_N.copy(), work.launches_N.copy()
     dense_N[work.first_N] += work.head_S
-    launches_N[work.first_N] += work.launch_head
+    launches_N[work.first_N] += work.launch_head + work.asked
     exec_N = np.maximum(work.experts_N, work.launch_experts)
     before_N = np.concatenate([np.zeros(min(1, len(exec_N))), exec_N[:-1]])
     launched_N = np.full(len(exec_N), float(work.launch_experts))
     launched_N[:1] = 0.0
-    waited_N = np.maximum(0.0, launches_N + launched_N - before_N)
+    waited_N = np.maximum(0.0, launches_N + launched_N + work.asked - before_N)
+    late_pre_N, late_exec_N = waited_N > dense_N, work.experts_N < work.launch_experts
     return Ends(
         np.maximum(dense_N, waited_N),
         exec_N,
         np.zeros(len(exec_N)),
-        waited_N > dense_N,
-        work.experts_N < work.launch_experts,
+        late_pre_N,
+        late_exec_N,
+        np.where(late_pre_N, waited_N, 0.0),
+        np.where(late_exec_N, work.launch_experts, 0.0),
     )
 
 
@@ -100,25 +110,36 @@ def waited_for(work: Work, readback: float, upload: float, ahead: bool) -> Ends:
     """
     E, o = work.launch_experts, work.operation
     if not ahead:
-        exec_N = work.experts_N + E
-        pre_N = work.dense_N + work.launches_N
-        pre_N[work.first_N] += work.head_S + work.launch_head
+        exec_N, bound_exec_N = work.experts_N + E, np.full(len(work.experts_N), E)
+        bound_N = work.launches_N + work.asked
+        bound_N[work.first_N] += work.launch_head + work.asked
+        pre_N = work.dense_N + bound_N
+        pre_N[work.first_N] += work.head_S
         late_pre_N, late_exec_N = pre_N > 2 * work.dense_N, work.experts_N < E
     else:
         exec_N = np.maximum(E, o + work.experts_N)
         late_exec_N = exec_N <= E
+        bound_exec_N = np.where(late_exec_N, E, o)
         before_N = np.concatenate([np.full(min(1, len(exec_N)), E), exec_N[:-1]])
-        after_N = before_N - E  # the device works on when the host has launched the experts before
+        # The device works on when the host has launched the experts before; negative: it is done by then.
+        after_N = before_N - E - work.asked
         begin_N = np.maximum(after_N, o)
         pre_N = np.maximum(work.launches_N, begin_N + work.dense_N) - after_N
         late_pre_N = work.launches_N > begin_N + work.dense_N
+        bound_N = np.where(late_pre_N, work.launches_N, begin_N) - after_N
         first_N = work.first_N
-        head_N = np.maximum(work.launch_head, begin_N[first_N] + work.head_S) - after_N[first_N]
-        pre_N[first_N] = head_N + np.maximum(work.launches_N[first_N], o + work.dense_N[first_N])
-        late_pre_N[first_N] = work.launches_N[first_N] > o + work.dense_N[first_N]
+        begun_S, after_S = begin_N[first_N], after_N[first_N]
+        head_N = np.maximum(work.launch_head, begun_S + work.head_S) - after_S + work.asked
+        launches_S, dense_S = work.launches_N[first_N], o + work.dense_N[first_N]
+        pre_N[first_N] = head_N + np.maximum(launches_S, dense_S)
+        late_pre_N[first_N] = launches_S > dense_S
+        bound_N[first_N] = np.where(work.launch_head > begun_S + work.head_S, work.launch_head, begun_S)
+        bound_N[first_N] += np.where(launches_S > dense_S, launches_S, o) - after_S + work.asked
     host_N = np.full(len(exec_N), readback + upload)
     host_N[work.first_N] += readback  # of the token before
-    return Ends(pre_N + host_N - upload, exec_N + upload, host_N, late_pre_N, late_exec_N)
+    return Ends(
+        pre_N + host_N - upload, exec_N + upload, host_N, late_pre_N, late_exec_N, bound_N, bound_exec_N
+    )
 
 
 def launched_ahead(work: Work, readback: float, send: float) -> Ends:
@@ -132,13 +153,18 @@ def launched_ahead(work: Work, readback: float, send: float) -> Ends:
     exec_N = work.experts_N + (send + o)  # of an event that waits for no copy; others have that behind them
     dense_N = np.maximum(work.launches_N, o + work.dense_N) + readback  # if the device waits for the host
     head_S = np.maximum(work.launch_head, o + work.head_S) + readback
-    pre_N, launch_N = work.dense_N + readback, dense_N + (send + E)
-    pre_N[first_N] = work.head_S + readback + dense_N[first_N]
-    launch_N[first_N] += head_S
+    pre_N, launch_N = work.dense_N + readback, dense_N + (send + E + work.asked)
+    pre_N[first_N] = work.head_S + readback + work.asked + dense_N[first_N]
+    launch_N[first_N] += head_S + work.asked
+    bound_N = np.where(
+        first_N, work.asked + np.where(work.launches_N > o + work.dense_N, work.launches_N, o), 0.0
+    )
     if len(launch_N):  # there are no experts before, and the host begins with the head
-        pre_N[0] = launch_N[0] = head_S[0] + dense_N[0]
+        pre_N[0] = launch_N[0] = head_S[0] + work.asked + dense_N[0]
+        bound_N[0] += work.launch_head if work.launch_head > o + work.head_S[0] else o
     host_N = np.full(len(exec_N), readback + send)
     host_N[first_N] += readback
     before_N = np.concatenate([np.zeros(min(1, len(exec_N))), exec_N[:-1]])
     late_N = launch_N > before_N + pre_N
-    return Ends(pre_N, exec_N, host_N, late_N, np.zeros(len(exec_N), dtype=np.bool_), launch_N)
+    never_N, begun_N = np.zeros(len(exec_N), dtype=np.bool_), np.full(len(exec_N), send + o)
+    return Ends(pre_N, exec_N, host_N, late_N, never_N, bound_N, begun_N, launch_N)

@@ -32,6 +32,7 @@ from specgate.policy.readings import (
     read_memory,
 )
 from specgate.policy.readings_layer import read_gathered, read_host
+from specgate.policy.readings_slowed import read_slowed
 
 #: Relative error of the line through the copies above which the machine was not quiet.
 BUSY = 0.25
@@ -149,6 +150,8 @@ def measure(plan: Plan, progress: Progress | None = None) -> Hardware:
     tick("launches")
     launch = read_launch(device, plan.repeats)
     host = read_host(device, plan.repeats)
+    tick("launches beside copies")
+    slowed = read_slowed(device, plan.repeats)
     file = read_file(
         plan.folder, plan.file_mib * MIB, plan.block_mib * MIB, plan.threads, max(3, plan.repeats // 3), tick
     )
@@ -176,6 +179,7 @@ def measure(plan: Plan, progress: Progress | None = None) -> Hardware:
         readback_us=round(host["readback"]["ns"] * 1e-3, 4),
         upload_us=round(host["upload"]["ns"] * 1e-3, 4),
         send_us=round(host["send"]["ns"] * 1e-3, 4),
+        launch_slowdown=max(0.0, slowed["slowdown"]["median"]) if slowed else 0.0,
         gathered_gb_per_s=gathered["gb_per_s"],
         ahead=device.type == "cuda",
         measured=True,
@@ -190,6 +194,7 @@ def measure(plan: Plan, progress: Progress | None = None) -> Hardware:
             "host_memory": host_memory,
             "launch": launch,
             "host": host,
+            "slowed": slowed,
             "gathered": gathered,
             "file": file,
         },
@@ -221,6 +226,11 @@ def table_of(found: Hardware) -> Table:
     add("a small operation", "", readings["launch"], "")
     for name, what in _HOST.items():
         add(what, "", readings["host"][name], "")
+    if slowed := readings["slowed"]:
+        longer = slowed["slowdown"]
+        add("a layer, its slots sent ahead", "", slowed["alone"], "")
+        share = f"{longer['median']:.1%} longer, {longer['low']:.1%} to {longer['high']:.1%}"
+        add("the same beside copies", "", slowed["beside"], share)
     row = readings["file"]
     how = "O_DIRECT" if row["direct"] else "through the page cache"
     add(f"file, {how}", f"{row['bytes'] / MIB:g} MiB", row, f"{row['gb_per_s']:.3g} GB/s")

@@ -138,7 +138,8 @@ class Roofline:
     """Times of a workload's events when everything is on the device.
 
     Attributes:
-        pre_ns_N, exec_ns_N, launch_ns_N: as in :class:`specgate.policy.costs.Costs`.
+        pre_ns_N, exec_ns_N, launch_ns_N, host_pre_ns_N, host_exec_ns_N: as in
+            :class:`specgate.policy.costs.Costs`.
         shares: of the time of all events, by what bounds it: ``memory``, ``compute``, ``launches``, ``host``.
     """
 
@@ -146,6 +147,8 @@ class Roofline:
     exec_ns_N: Nanoseconds
     shares: dict[str, float] = field(default_factory=dict)
     launch_ns_N: Nanoseconds | None = None
+    host_pre_ns_N: Nanoseconds | None = None
+    host_exec_ns_N: Nanoseconds | None = None
 
     @property
     def binds(self) -> str:
@@ -176,6 +179,7 @@ def roofline(
     context: int = 1,
     sequences: int | None = None,
     runtime: Runtime = RUNTIMES["transformers"],
+    asked_us: float = 0.0,
 ) -> Roofline:
     """Times of every event.
 
@@ -183,6 +187,7 @@ def roofline(
         context: tokens that each sequence's attention looks back at.
         sequences: whose caches a step reads; None: every token of a step is of a sequence of its own
             (decoding), 1: all are of one (a prompt).
+        asked_us: the host's time to hand over what is foreseen after a router, or before a step.
 
     Raises:
         ConfigError: sizes of another model than the workload's, or a context below 1.
@@ -225,6 +230,7 @@ def roofline(
         launch_head=last * launch,
         operation=launch,
         layers=L,
+        asked=asked_us * 1e3,
     )
     ends = _ends(work, hardware, runtime)
 
@@ -241,7 +247,8 @@ def roofline(
     ]
     names = ("memory", "compute", "launches", "host")
     shares = {n: v / total if total else 0.0 for n, v in zip(names, [*spent, host], strict=True)}
-    return Roofline(ends.pre_N, ends.exec_N, shares, ends.launch_N)
+    bound_N, begun_N = np.minimum(ends.bound_pre_N, ends.pre_N), np.minimum(ends.bound_exec_N, ends.exec_N)
+    return Roofline(ends.pre_N, ends.exec_N, shares, ends.launch_N, bound_N, begun_N)
 
 
 def _waits(hardware: Hardware, runtime: Runtime) -> bool:
@@ -304,6 +311,7 @@ def costs_of(
     sequences: int | None = None,
     runtime: Runtime = RUNTIMES["transformers"],
     forecast_us: float = 20.0,
+    asked_us: float = 0.0,
     chunk_bytes: int = 0,
 ) -> Costs:
     """All that a simulation must know of a model on a machine.
@@ -311,14 +319,14 @@ def costs_of(
     Args:
         block_bytes: an expert as it lies in the file and in host memory; None: as in its slot, nothing to
             decode.
-        context, sequences, runtime: see :func:`roofline`.
+        context, sequences, runtime, asked_us: see :func:`roofline`.
         forecast_us: from a router's choice until its forecast is known.
         chunk_bytes: where a forecast's copy can be stopped; 0: nowhere.
 
     Raises:
         ConfigError: see :func:`roofline`, or an expert of no bytes.
     """
-    times = roofline(sizes, workload, hardware, context, sequences, runtime)
+    times = roofline(sizes, workload, hardware, context, sequences, runtime, asked_us)
     block = sizes.slot_bytes if block_bytes is None else block_bytes
     latency = hardware.link_latency_us * 1e3
     if block != sizes.slot_bytes:  # one kernel reads the block and writes the slot
@@ -335,6 +343,9 @@ def costs_of(
         pre_ns_N=times.pre_ns_N,
         exec_ns_N=times.exec_ns_N,
         launch_ns_N=times.launch_ns_N,
+        link_slowdown=hardware.launch_slowdown,
+        host_pre_ns_N=times.host_pre_ns_N,
+        host_exec_ns_N=times.host_exec_ns_N,
     )
 
 

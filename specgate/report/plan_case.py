@@ -18,7 +18,7 @@ from specgate.errors import ConfigError
 from specgate.policy.base import Policy
 from specgate.policy.costs import Costs
 from specgate.policy.hardware import Hardware
-from specgate.policy.roofline import RUNTIMES, ModelSizes, Roofline, costs_of, roofline
+from specgate.policy.roofline import RUNTIMES, ModelSizes, costs_of, roofline
 from specgate.policy.workload import Forecasts, Workload, decoding, join, merge, oracle_forecasts
 from specgate.predictors.base import Predictor
 from specgate.report.identity import trace_identity
@@ -241,18 +241,18 @@ def timing(
             expert_bytes=max(1, round(base.expert_bytes * ratio)),
             link_latency_ns=base.link_latency_ns * ratio,
             file_latency_ns=base.file_latency_ns * ratio,
-            pre_ns_N=_mean(times, 0, of.events),
-            exec_ns_N=_mean(times, 1, of.events),
-            launch_ns_N=None if times.launch_ns_N is None else _mean(times, 2, of.events),
+            pre_ns_N=_mean(times.pre_ns_N, of.events),
+            exec_ns_N=_mean(times.exec_ns_N, of.events),
+            launch_ns_N=_mean(times.launch_ns_N, of.events),
+            host_pre_ns_N=_mean(times.host_pre_ns_N, of.events),
+            host_exec_ns_N=_mean(times.host_exec_ns_N, of.events),
         )
 
     return Timing(stretched(case.train), stretched(work), sizes.layers / work.layers, times.shares)
 
 
-def _mean(times: Roofline, which: int, events: int) -> Any:
-    values = (times.pre_ns_N, times.exec_ns_N, times.launch_ns_N)[which]
-    assert values is not None
-    return np.full(events, float(values.mean()))
+def _mean(values_N: Any, events: int) -> Any:
+    return None if values_N is None else np.full(events, float(values_N.mean()))
 
 
 def _likeness(sizes: ModelSizes, batch_size: int, seed: int) -> Workload:

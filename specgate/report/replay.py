@@ -39,6 +39,7 @@ from specgate.report.replay_settings import (
     ReplaySettings,
     entries,
     plan_name,
+    store_settings,
     variant_of,
 )
 from specgate.report.replay_shape import ModelShape, check_trace
@@ -47,7 +48,6 @@ from specgate.report.replay_trace import all_events, make_plans
 from specgate.report.spans import Span, hidden, total, transfers, write_chrome
 from specgate.report.style import slug
 from specgate.runtime import native
-from specgate.runtime.store import StoreSettings
 from specgate.traces.datamodule import RoutingDataModule
 
 
@@ -214,16 +214,7 @@ class Replay:
     def measure(self, entry: Entry, stores: Stores, body: Body, watched: bool) -> dict[str, Any]:
         """One entry: a new store, the warm-up documents, the others."""
         kind = entry.kind
-        settings = StoreSettings(
-            eviction=kind.eviction,
-            price_scale=self.settings.price_scale if kind.eviction == "priced" else None,
-            price_floor=self.settings.price_floor,
-            trust=self.settings.trust and kind.eviction == "priced",
-            prefetch_depth=self.settings.depth if kind.eviction == "priced" else 0,
-            prefetch_copy_bytes=self.settings.prefetch_mib << 20,
-            prefetch_read_bytes=self.settings.prefetch_mib << 20,
-            timeline=1 << 20 if watched else 0,
-        )
+        settings = store_settings(self.settings, kind.eviction, 1 << 20 if watched else 0)
         blocks = self.shape.layers * self.shape.experts
         warm, timed = self.documents[: self.settings.warmup], self.documents[self.settings.warmup :]
         with stores.open(entry.slots, settings) as store:

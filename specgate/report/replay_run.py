@@ -228,7 +228,7 @@ class Runner:
     ) -> None:
         store, body, cuda = self.store, self.body, self._device.type == "cuda"
         if plan is not None:
-            self._ask(plan[t][0])
+            hand_over(store, self.clock, plan[t][0])
         for layer in range(store.layers):
             began = probe.mark() if probe else None
             body.attend(layer)
@@ -249,7 +249,7 @@ class Runner:
                 body.add(self.experts(body.hidden_1D, slots_1K, weights_TLK[t, layer : layer + 1]))
                 computed = probe.mark() if probe else None
                 if plan is not None:  # while the device computes
-                    self._ask(plan[t][layer + 1])
+                    hand_over(store, self.clock, plan[t][layer + 1])
             finally:
                 store.release(layer, chosen)
             if probe:
@@ -269,7 +269,9 @@ class Runner:
                 probe.add("dense", began, attended)
                 probe.add("experts", attended, probe.mark())
 
-    def _ask(self, asked: Asked | None) -> None:
-        if asked is not None:
-            blocks_N, p_N, horizons_N = asked
-            self.store.foresee(blocks_N, p_N, self.clock + horizons_N)
+
+def hand_over(store: ExpertStore, clock: int, asked: Asked | None) -> None:
+    """Tells a store what is foreseen at a point; ``clock``: calls of layers so far."""
+    if asked is not None:
+        blocks_N, p_N, horizons_N = asked
+        store.foresee(blocks_N, p_N, clock + horizons_N)

@@ -13,6 +13,7 @@ from specgate.errors import BudgetError, ConfigError
 from specgate.report.replay_run import KERNELS
 from specgate.report.replay_shape import ModelShape
 from specgate.report.replay_store import TIERS
+from specgate.runtime.store import StoreSettings
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,21 @@ def plan_name(name: str) -> str:
     if threshold is None and kind.eviction == "priced":
         return f"{kind.foresight}:priced"
     return f"{kind.foresight}" if threshold is None else f"{kind.foresight}:{threshold:g}"
+
+
+def store_settings(settings: ReplaySettings, eviction: str, timeline: int = 0) -> StoreSettings:
+    """How the store of a variant moves bytes; ``timeline``: transfers that it keeps."""
+    priced = eviction == "priced"
+    return StoreSettings(
+        eviction=eviction,
+        price_scale=settings.price_scale if priced else None,
+        price_floor=settings.price_floor,
+        trust=settings.trust and priced,
+        prefetch_depth=settings.depth if priced else 0,
+        prefetch_copy_bytes=settings.prefetch_mib << 20,
+        prefetch_read_bytes=settings.prefetch_mib << 20,
+        timeline=timeline,
+    )
 
 
 @dataclass(frozen=True)

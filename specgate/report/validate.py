@@ -30,6 +30,7 @@ from specgate.report.validate_costs import (
     is_all_hits,
     profile_costs,
 )
+from specgate.report.validate_handover import HandOvers
 from specgate.report.validate_page import publish_validation
 from specgate.report.validate_rules import RowCase, RowCases, check_same, settings_of
 from specgate.runtime.simulator import simulate
@@ -136,11 +137,18 @@ def order_kept(rows: Sequence[Row], way: str) -> float | None:
     return kept / pairs if pairs else None
 
 
-def validate(records: Sequence[Mapping[str, Any]], script_file: Path, hardware: Hardware) -> dict[str, Any]:
+def validate(
+    records: Sequence[Mapping[str, Any]],
+    script_file: Path,
+    hardware: Hardware,
+    handover_us: float | None = None,
+) -> dict[str, Any]:
     """What metrics.json holds besides its origin.
 
     Args:
         records: of replays of one shape with one script.
+        handover_us: the host's time to hand over forecasts; None: see
+            :class:`specgate.report.validate_handover.HandOvers`.
 
     Raises:
         SpecgateError: for what does not belong together.
@@ -172,6 +180,7 @@ def validate(records: Sequence[Mapping[str, Any]], script_file: Path, hardware: 
     script = script.part(settings.warmup + settings.documents, settings.tokens)
     parts = profile_costs(shape, settings, str(first["replay"]["device"]))
     cases, blocks = RowCases(settings, script, shape.experts), shape.layers * shape.experts
+    handovers = HandOvers(settings, script, shape, first["hardware"], handover_us)
     rows, skipped = [], []
     for number, record in enumerate(records):
         for row in record["rows"]:
@@ -179,7 +188,8 @@ def validate(records: Sequence[Mapping[str, Any]], script_file: Path, hardware: 
             if isinstance(case, str):
                 skipped.append({"variant": row["variant"], "residency": row["residency"], "reason": case})
                 continue
-            costs = costs_by_profile(parts, hardware, case.workload)
+            handover = handovers.of(row)
+            costs = costs_by_profile(parts, hardware, case.workload, handover["us"] if handover else 0.0)
             own = all_hits_row(row, record["rows"], blocks) is not None
             try:
                 by_rows = costs_by_rows(costs, row, record["rows"], blocks, shape.layers) if own else None
@@ -193,7 +203,7 @@ def validate(records: Sequence[Mapping[str, Any]], script_file: Path, hardware: 
                 reason = str(error).rstrip(".")
                 skipped.append({"variant": row["variant"], "residency": row["residency"], "reason": reason})
                 continue
-            rows.append({"trace": row["trace"], "run": number, **compared})
+            rows.append({"trace": row["trace"], "run": number, **compared, "handover": handover})
     if not rows:
         raise ConfigError("None of the rows can be simulated; replay lru, lfru, priced or oracle too.")
     return {
@@ -203,6 +213,7 @@ def validate(records: Sequence[Mapping[str, Any]], script_file: Path, hardware: 
         "replay": first["replay"],
         "replayed_on": first["hardware"],
         "profile": {k: v for k, v in hardware.describe().items() if k != "readings"},
+        "handover": handovers.how,
         "rows": rows,
         "summary": {way: summary_of(rows, way) for way in ("profile", "rows")},
         "skipped": skipped,
@@ -217,6 +228,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="folders (or metrics.json) of mode=replay")
     parser.add_argument("--script", type=Path, required=True, help="that they replayed (replay.script=)")
     parser.add_argument("--hardware", type=Path, help="measured profile of the machine (hardware=local)")
+    parser.add_argument(
+        "--handover-us",
+        type=float,
+        help="host's time to hand over forecasts; else read, on the replay's machine",
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/validate"), help="folder of the result")
     options = parser.parse_args(arguments)
     words = shlex.join(["python", "-m", "specgate.report.validate", *(arguments or sys.argv[1:])])
@@ -226,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     log = Run("validate.py", config)
     try:
-        found = validate([read_record(run) for run in options.runs], options.script, local(options.hardware))
+        runs, profile = [read_record(run) for run in options.runs], local(options.hardware)
+        found = validate(runs, options.script, profile, options.handover_us)
         path = log.write(options.out, command=words, **found)
     except SpecgateError as error:
         Console(stderr=True).print(str(error), style="bold red", markup=False, soft_wrap=True)

@@ -26,7 +26,6 @@ from specgate.runtime.store import StoreSettings
 
 #: Operations of :class:`specgate.report.replay_run.Body` that are not views; a test counts them.
 ATTEND_OPERATIONS, ADD_OPERATIONS, FINISH_OPERATIONS = 3, 2, 3
-FORECAST_US = 20.0  # from the router's choice until it is asked for ahead: the acquisition, and Python
 Row = Mapping[str, Any]
 
 
@@ -81,20 +80,40 @@ def profile_costs(
     return runtime_of(shape, settings), sizes, None if block == sizes.slot_bytes else block, pieces
 
 
+def known_after_us(runtime: Runtime, hardware: Hardware, costs: Costs, handover_us: float) -> float:
+    """Microseconds from a router's choice until the store knows what is foreseen.
+
+    The replay hands it over once a layer's experts are launched; on a processor they are computed by then.
+    """
+    added = ADD_OPERATIONS * hardware.operation_ns * 1e-3
+    if not hardware.ahead:
+        return float(costs.exec_ns_N.mean()) * 1e-3 + added + handover_us
+    sent = hardware.send_us if runtime.ahead and hardware.send_us is not None else hardware.upload_us
+    return (sent or 0.0) + runtime.expert_launches * hardware.operation_ns * 1e-3 + added + handover_us
+
+
 def costs_by_profile(
-    parts: tuple[Runtime, ModelSizes, int | None, int], hardware: Hardware, workload: Workload
+    parts: tuple[Runtime, ModelSizes, int | None, int],
+    hardware: Hardware,
+    workload: Workload,
+    handover_us: float = 0.0,
 ) -> Costs:
-    """Costs by a measured machine and the shape alone; no measurement of the replay enters."""
+    """Costs by a measured machine and the shape alone; no measurement of the replay enters.
+
+    Args:
+        handover_us: of the host, to hand over what is foreseen at a point; 0 where nothing is.
+    """
     runtime, sizes, block, pieces = parts
-    return costs_of(
+    costs = costs_of(
         sizes,
         workload,
         hardware,
         block_bytes=block,
         runtime=runtime,
-        forecast_us=FORECAST_US,
+        asked_us=handover_us,
         chunk_bytes=pieces,
     )
+    return replace(costs, forecast_ns=1e3 * known_after_us(runtime, hardware, costs, handover_us))
 
 
 def is_all_hits(row: Row, blocks: int) -> bool:
@@ -131,11 +150,4 @@ def costs_by_rows(costs: Costs, row: Row, rows: Sequence[Row], blocks: int, laye
     more: dict[str, Any] = {}
     if speeds:
         more = {"link_bytes_per_ns": statistics.median(speeds), "link_latency_ns": 0.0}
-    return replace(
-        costs,
-        event_ns=costs.event_ns * scale,
-        pre_ns_N=costs.pre_ns_N * scale,
-        exec_ns_N=costs.exec_ns_N * scale,
-        launch_ns_N=None if costs.launch_ns_N is None else costs.launch_ns_N * scale,
-        **more,
-    )
+    return replace(costs.scaled(scale), **more)

@@ -31,7 +31,15 @@ CAPTION = (
 )
 WAYS = {"profile": "by the profile", "rows": "by its own rows"}
 BAND = 0.10
-KEPT = ("mode", "shape", "replay", "replayed_on", "profile", "rows", "summary", "skipped")
+KEPT = ("mode", "shape", "replay", "replayed_on", "profile", "handover", "rows", "summary", "skipped")
+FIGURES = (
+    ("the link {:.3g} GB/s", "link_gb_per_s"),
+    ("{:.3g} us for a copy besides", "link_latency_us"),
+    ("{:.3g} us of the host for an operation", "operation_us"),
+    ("{:.3g} us more to read a router's choice", "readback_us"),
+    ("{:.3g} us to send slots ahead", "send_us"),
+    ("launches {:.1%} longer beside copies for forecasts", "launch_slowdown"),
+)
 LOOKS = (
     *(Look("#8a8a8a", "o"), Look("#AA4499", "^"), Look("#332288", "s"), Look("#44AA99", "D")),
     *(Look("#CC3311", "h"), Look("#117733", "*"), Look("#DDAA33", "v"), Look("#0077BB", "P")),
@@ -112,7 +120,7 @@ def cause_table(record: Mapping[str, Any]) -> Table:
 
 def lines_of(record: Mapping[str, Any]) -> list[str]:
     """What it comes to."""
-    lines = [f"Replayed on {describe_hardware(record['replayed_on'])}."]
+    lines = [f"Replayed on {describe_hardware(record['replayed_on'])}.", *_figures(record)]
     for way, words in WAYS.items():
         found = record["summary"].get(way)
         if found is None:
@@ -129,6 +137,25 @@ def lines_of(record: Mapping[str, Any]) -> list[str]:
     for left in record["skipped"]:
         where = f"{left['variant']} ({100 * left['residency']:g} %)"
         lines += [f"{where} is not simulated: {left['reason']}."]
+    return lines
+
+
+def _figures(record: Mapping[str, Any]) -> list[str]:
+    """What decides, of the profile and of handing over forecasts; records of before do not hold all of it."""
+    profile, how = record["profile"], record.get("handover")
+    if "launch_slowdown" not in profile or how is None:
+        return []
+    known = [text.format(profile[name]) for text, name in FIGURES if profile[name] is not None]
+    lines = [f"The profile: {', '.join(known)}."]
+    times = [row["handover"]["us"] for row in record["rows"] if row["handover"]]
+    if times and how == "unknown":
+        lines += [
+            "What it costs the host to hand over forecasts is not charged: it is read on the machine of the "
+            "replay alone (or given, --handover-us)."
+        ]
+    elif times:
+        span = " to ".join(dict.fromkeys(f"{t:.3g}" for t in (min(times), max(times))))
+        lines += [f"Handing over a layer's forecasts takes the host {span} us ({how})."]
     return lines
 
 

@@ -92,6 +92,9 @@ struct Random {
     costs.pre_ns = pre.data();
     costs.exec_ns = exec.data();
     costs.launch_ns = below(2) ? launch.data() : nullptr;
+    costs.link_slowdown = below(2) ? static_cast<double>(below(20)) / 16 : 0;
+    costs.host_pre_ns = below(2) ? pre.data() : nullptr;
+    costs.host_exec_ns = below(2) ? exec.data() : nullptr;
     rules.eviction = static_cast<Evict>(below(9));
     rules.prefetch = static_cast<Fetch>(below(5));
     rules.gate = below(3) == 0;

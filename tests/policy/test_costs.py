@@ -44,6 +44,23 @@ def test_a_part_has_the_times_of_its_events() -> None:
     assert found.copy_ns == costs().copy_ns
 
 
+def test_parts_and_scales_are_of_all_arrays() -> None:
+    arrays = {
+        "launch_ns_N": [50.0, 60.0, 70.0],
+        "host_pre_ns_N": [9.0, 8.0, 7.0],
+        "host_exec_ns_N": [1.0, 2.0, 3.0],
+    }
+    full = costs(**arrays, link_slowdown=0.2)
+    part, double = full.part(1, 3), full.scaled(2.0)
+    for name, values in arrays.items():
+        assert getattr(part, name).tolist() == values[1:]
+        assert getattr(double, name).tolist() == [2 * v for v in values]
+    assert double.pre_ns_N.tolist() == [1800, 1000, 1000]
+    assert (double.event_ns, double.forecast_ns, double.copy_ns) == (200, 3_000, full.copy_ns)
+    assert part.link_slowdown == double.link_slowdown == 0.2
+    assert costs().part(1, 3).launch_ns_N is None
+
+
 def test_times_become_flat_float64() -> None:
     found = costs(pre_ns_N=[1, 2, 3], exec_ns_N=np.arange(6, dtype=np.float32)[::2])
     assert found.pre_ns_N.dtype == found.exec_ns_N.dtype == np.float64
@@ -75,6 +92,12 @@ def test_nothing_can_be_changed() -> None:
         ("exec_ns_N", np.array([1.0, 2.0, np.nan]), r"exec_ns_N\[2\]=nan"),
         ("exec_ns_N", np.zeros((3, 1)), "exec_ns_N has 2 axes"),
         ("exec_ns_N", np.zeros(2), "3 times before events and 2 of events"),
+        ("link_slowdown", -0.1, "link_slowdown=-0.1 slows nothing down"),
+        ("link_slowdown", float("nan"), "link_slowdown=nan"),
+        ("link_slowdown", float("inf"), "link_slowdown=inf"),
+        ("host_pre_ns_N", np.array([1.0, -2.0, 3.0]), r"host_pre_ns_N\[1\]=-2.0 is no time"),
+        ("host_pre_ns_N", np.array([900.0, 501.0, 0.0]), "host_pre_ns_N is no part of pre_ns_N"),
+        ("host_exec_ns_N", np.zeros(2), "host_exec_ns_N is no part of exec_ns_N"),
     ],
 )
 def test_nonsense_is_refused_in_one_sentence(name: str, value: Any, says: str) -> None:

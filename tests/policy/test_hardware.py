@@ -70,6 +70,9 @@ def test_disks_get_faster_from_class_to_class() -> None:
         ("operation_us", -1, "hardware.operation_us=-1"),
         ("readback_us", float("inf"), "hardware.readback_us=inf"),
         ("kernel_us", None, "hardware.kernel_us=None"),
+        ("launch_slowdown", -0.1, "hardware.launch_slowdown=-0.1"),
+        ("launch_slowdown", float("inf"), "hardware.launch_slowdown=inf"),
+        ("launch_slowdown", None, "hardware.launch_slowdown=None"),
     ],
 )
 def test_nonsense_is_refused_in_one_sentence(name: str, value: Any, says: str) -> None:
@@ -79,10 +82,23 @@ def test_nonsense_is_refused_in_one_sentence(name: str, value: Any, says: str) -
 
 
 def test_a_measured_profile_survives_the_disk(tmp_path: Path) -> None:
-    made = machine(measured=True, pageable_gb_per_s=6.5, readings={"copies": [{"bytes": 4096, "ns": 3.5}]})
+    made = machine(
+        measured=True,
+        pageable_gb_per_s=6.5,
+        launch_slowdown=0.125,
+        readings={"copies": [{"bytes": 4096, "ns": 3.5}], "slowed": None},
+    )
     path = save(made, tmp_path / "deep" / "local.yaml")
     assert local(path) == made
+    assert local(path).launch_slowdown == 0.125
     assert [p.name for p in path.parent.iterdir()] == ["local.yaml"], "nothing is left beside it"
+
+
+def test_a_profile_of_before_has_no_slower_launches(tmp_path: Path) -> None:
+    path = save(machine(measured=True, launch_slowdown=0.5), tmp_path / "local.yaml")
+    lines = [line for line in path.read_text().splitlines() if "launch_slowdown" not in line]
+    path.write_text("\n".join(lines))
+    assert local(path).launch_slowdown == 0
 
 
 def test_where_the_profile_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -27,10 +27,12 @@ def queue(
     upload: float,
     ahead: bool = False,
     copying: float = 0.0,
+    asked: float = 0.0,
 ) -> list[float]:
     """When each event's router is known, operation by operation; the first of a part does all of its work.
 
-    The host launches one operation after the other, the device runs each once it is launched, in order.
+    The host launches one operation after the other, the device runs each once it is launched, in order. The
+    host hands over what is foreseen before a step, and once an event's experts are launched.
     """
     host = device = 0.0
     known = []
@@ -44,7 +46,7 @@ def queue(
     for n, dense in enumerate(dense_N):
         if n % layers == 0:
             run(counts[2], head)
-            host = max(host, device) + readback
+            host = max(host, device) + readback + asked
         run(counts[0], dense)
         host = max(host, device) + readback
         known.append(host)
@@ -52,6 +54,7 @@ def queue(
         host = host + upload if ahead else there + upload
         device = max(device, host, there)
         run(counts[1], experts)
+        host += asked
     return known
 
 
@@ -64,10 +67,12 @@ def queue(
     operation=st.floats(0.1, 30),
     readback=st.floats(0, 50),
     upload=st.floats(0, 50),
+    asked=st.floats(0, 60),
+    slower=st.floats(0.001, 1),
 )
 def test_a_host_that_waits_against_a_queue(
     dense: list[float], experts: float, head: float, counts: tuple[int, int, int], operation: float,
-    readback: float, upload: float,
+    readback: float, upload: float, asked: float, slower: float,
 ) -> None:  # fmt: skip
     layers = 2
     dense = dense[: len(dense) - len(dense) % layers]
@@ -81,11 +86,23 @@ def test_a_host_that_waits_against_a_queue(
         launch_head=counts[2] * operation,
         operation=operation,
         layers=layers,
+        asked=asked,
     )
     found = waited_for(work, readback, upload, ahead=True)
-    want = queue(dense, experts, head, counts, operation, layers, readback, upload)
+    model = (dense, experts, head, counts)
+    want = queue(*model, operation, layers, readback, upload, asked=asked)
     between_N = found.exec_N[:-1] + found.pre_N[1:]  # from router to router
     assert between_N.tolist() == pytest.approx(np.diff(want).tolist())
+    by = 1 + slower
+    late_N = np.diff(queue(*model, by * operation, layers, readback, upload, asked=by * asked)) - np.diff(
+        want
+    )
+    bound_N = found.bound_exec_N[:-1] + found.bound_pre_N[1:]
+    assert (late_N >= slower * bound_N - 1e-6).all(), "a slower host takes longer for what it binds, at least"
+    most = sum(counts) * operation + 2 * asked
+    assert (late_N <= slower * most + 1e-6).all()
+    still = (late_N < 1e-3 * slower * operation) & (bound_N > 1e-6)
+    assert not still.any(), "and what it does not bind takes no longer"
     assert (found.pre_N >= 0).all()
     assert (found.host_N <= found.pre_N + found.exec_N + 1e-9).all()
 
@@ -99,11 +116,12 @@ def test_a_host_that_waits_against_a_queue(
     operation=st.floats(0.1, 30),
     readback=st.floats(0, 50),
     send=st.floats(0, 50),
+    asked=st.floats(0, 60),
     copying=st.one_of(st.just(0.0), st.floats(0, 2000)),
 )
 def test_a_host_that_launches_ahead_against_a_queue(
     dense: list[float], experts: float, head: float, counts: tuple[int, int, int], operation: float,
-    readback: float, send: float, copying: float,
+    readback: float, send: float, asked: float, copying: float,
 ) -> None:  # fmt: skip
     layers = 2
     dense = dense[: len(dense) - len(dense) % layers]
@@ -117,6 +135,7 @@ def test_a_host_that_launches_ahead_against_a_queue(
         launch_head=counts[2] * operation,
         operation=operation,
         layers=layers,
+        asked=asked,
     )
     found = launched_ahead(work, readback, send)
     assert found.launch_N is not None
@@ -124,14 +143,20 @@ def test_a_host_that_launches_ahead_against_a_queue(
     for n in range(1, N):
         end = known[-1] + copying + found.exec_N[n - 1]
         known.append(max(end + found.pre_N[n], known[-1] + found.launch_N[n]))
-    want = queue(dense, experts, head, counts, operation, layers, readback, send, True, copying)
+    want = queue(dense, experts, head, counts, operation, layers, readback, send, True, copying, asked)
     late = np.diff(known) - np.diff(want)
     if copying:
         assert late.min() >= -1e-6, "never too fast"
-        assert late.max() <= send + 2 * operation + 1e-6, "what is sent, and begun, while experts are copied"
+        most = send + 2 * operation + asked
+        assert late.max() <= most + 1e-6, "what is sent, begun and handed over while experts are copied"
     else:
         assert late.tolist() == pytest.approx([0.0] * (N - 1), abs=1e-6)
     assert known[0] == pytest.approx(want[0])
+    assert (found.bound_pre_N <= found.pre_N + 1e-9).all()
+    assert found.bound_exec_N.tolist() == [send + operation] * N
+    first_N = np.arange(N) % layers == 0
+    assert (found.bound_pre_N[~first_N] == 0).all(), "the device's own work follows on the experts"
+    assert (found.bound_pre_N[first_N] >= asked + operation).all()
 
 
 def test_a_processor_does_both_one_after_the_other() -> None:
@@ -140,6 +165,8 @@ def test_a_processor_does_both_one_after_the_other() -> None:
     )
     found = waited_for(work, 0.5, 0.25, ahead=False)
     assert found.exec_N.tolist() == [14.25, 14.25]
+    assert found.bound_exec_N.tolist() == [3, 3]
+    assert found.bound_pre_N.tolist() == [3, 2]
     assert found.pre_N.tolist() == [13 + 1 + 0.5 + 5 + 2 + 0.5, 7 + 2 + 0.5]
 
 
@@ -193,6 +220,27 @@ def test_an_engine_that_does_not_wait_is_not_slowed_down() -> None:
     assert found.exec_ns_N.tolist() == [1_000, 1_000], "two launches by kernel_us"
 
 
+def test_what_the_host_binds_is_in_the_costs() -> None:
+    """6 us until the device begins, the dense launches after a head's answer, and 3 us to hand over."""
+    ahead = Runtime("ahead", 10, 4, 5, False, 3.0, waits=True, ahead=True)
+    slow = measured(send_us=5, launch_slowdown=0.2)
+    found = costs_of(sizes(), one_token(), slow, runtime=ahead, asked_us=3)
+    assert found.link_slowdown == 0.2
+    assert found.host_exec_ns_N is not None
+    assert found.host_pre_ns_N is not None
+    assert found.launch_ns_N is not None
+    assert found.host_exec_ns_N.tolist() == [6_000, 6_000], "slots sent, and the first launch"
+    assert found.host_pre_ns_N.tolist() == [5_000 + 3_000 + 10_000, 0]
+    assert found.launch_ns_N.tolist() == [35_000 + 3_000, 29_000 + 3_000]
+    fused = costs_of(sizes(), one_token(), slow, runtime=RUNTIMES["fused"])
+    assert fused.host_exec_ns_N is not None
+    assert fused.host_exec_ns_N.tolist() == fused.exec_ns_N.tolist(), "launches bind it"
+
+
+def test_nothing_is_slower_in_a_profile_that_does_not_say_so() -> None:
+    assert costs_of(sizes(), one_token(), measured()).link_slowdown == 0
+
+
 def test_gathered_experts_are_as_fast_as_they_were_measured() -> None:
     gathers = Runtime("gathers", 0, 0, 0, True, 0.0)
     slow = costs_of(sizes(), one_token(), machine(gathered_gb_per_s=50), runtime=gathers)
@@ -211,4 +259,8 @@ def test_waiting_is_never_faster(
     work = Work(np.full(N, dense), np.full(N, launches), np.full(N, experts), launches, np.full(2, head),
                 operation, operation, 2)  # fmt: skip
     free, waits = answered_at_once(work), waited_for(work, 1.0, 2.0, ahead=True)
+    for ends in (free, waits):
+        assert (ends.bound_pre_N >= 0).all()
+        assert (ends.bound_pre_N <= ends.pre_N + 1e-9).all()
+        assert (ends.bound_exec_N <= ends.exec_N + 1e-9).all()
     assert (waits.pre_N + waits.exec_N).sum() >= (free.pre_N + free.exec_N).sum() - 1e-6

@@ -142,6 +142,24 @@ def test_the_profile_is_made_of_the_readings(tmp_path: Path) -> None:
     assert found.gathered_gb_per_s == readings["gathered"]["gb_per_s"] > 0
     assert (readings["gathered"]["top_k"], readings["expert"]["hidden"]) == (4, 64)
     assert readings["pinned"] == [], "there is nothing to pin for"
+    assert readings["slowed"] is None
+    assert found.launch_slowdown == 0, "the device is the host"
+
+
+def test_a_slowdown_that_was_read_is_in_the_profile_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = {"ns": 400e3, "low": 390e3, "high": 410e3}
+    slowed = {"alone": times, "beside": times, "slowdown": {"median": 0.125, "low": -0.01, "high": 0.2}}
+    monkeypatch.setattr(command, "read_slowed", lambda *_: slowed)
+    out = tmp_path / "local.yaml"
+    words = ["--device", "cpu", "--folder", str(tmp_path), "--out", str(out), "--mib", "0.25", "1"]
+    words += ["--tokens", "1", "--hidden", "64", "--width", "32", "--file-mib", "2", "--block-mib", "1"]
+    assert main([*words, "--threads", "2", "--memory-mib", "4", "--repeats", "3"]) == 0
+    assert "12.5% longer, -1.0% to 20.0%" in capsys.readouterr().out
+    assert (local(out).launch_slowdown, local(out).readings["slowed"]) == (0.125, slowed)
+    slowed["slowdown"]["median"] = -0.01
+    assert measure(Plan(device="cpu", folder=tmp_path, **QUICK)).launch_slowdown == 0
 
 
 def test_the_command_writes_what_hardware_local_reads(

@@ -108,6 +108,29 @@ def test_every_row_is_predicted_or_listed(record: dict[str, Any], folder: Path) 
     assert "launches ahead of the device" in record["skipped"][0]["reason"]
 
 
+def test_rows_with_forecasts_have_their_hand_over_and_no_others_do(record: dict[str, Any]) -> None:
+    assert record["handover"] == "read", "the replay ran here"
+    for row in record["rows"]:
+        ahead = VARIANTS[row["variant"]].foresight is not None
+        assert (row["handover"] is not None) == ahead
+        assert not ahead or 0 < row["handover"]["us"] < 1e4
+
+
+def test_a_slow_hand_over_and_slower_launches_leave_rows_without_forecasts_as_they_are(folder: Path) -> None:
+    run, script = read_record(folder / "run"), folder / "tiny.safetensors"
+    run["rows"] = [r for r in run["rows"] if r["residency"] in (0.25, 1.0) and r["variant"] != "resident"]
+    own = {"operation_us": 5, "readback_us": 2, "upload_us": 3, "send_us": 1}
+    usual = validate([run], script, machine(**own), 0.0)
+    slow = validate([run], script, machine(**own, launch_slowdown=0.5), 400.0)
+    assert (slow["handover"], slow["profile"]["launch_slowdown"]) == ("given", 0.5)
+    for before, after in zip(usual["rows"], slow["rows"], strict=True):
+        where = (before["variant"], before["residency"])
+        if before["handover"] is None:
+            assert after["by_profile"] == before["by_profile"], where
+        else:
+            assert after["by_profile"] < 0.9 * before["by_profile"], where
+
+
 def test_the_summary_leaves_out_what_it_was_made_from(record: dict[str, Any]) -> None:
     rows = record["rows"]
     full = sum(row["all_hits"] for row in rows)
@@ -214,8 +237,10 @@ def test_the_command_shows_and_stores_everything(
 ) -> None:
     words = [str(folder / "run"), "--script", str(folder / "tiny.safetensors")]
     words += ["--hardware", str(folder / "local.yaml"), "--out", str(tmp_path / "out")]
-    assert main(words) == 0
+    assert main([*words, "--handover-us", "12.5"]) == 0
     shown = capsys.readouterr().out
+    assert "launches 0.0% longer beside copies" in " ".join(shown.split())
+    assert "takes the host 12.5 us (given)" in " ".join(shown.split())
     assert shown.strip().splitlines()[-1] == str(tmp_path / "out" / "metrics.json")
     assert "resident (100 %) is not simulated" in " ".join(shown.split())
     assert (tmp_path / "out" / "plots" / "validate-tiny.png").stat().st_size > 10_000

@@ -76,6 +76,8 @@ def costs_of(draw: st.DrawFn, workload: Workload) -> Costs:
     rough = draw(st.booleans())
     one = ROUGH if rough else ROUND
     times = st.lists(one, min_size=workload.events, max_size=workload.events)
+    pre_N, exec_N = np.array(draw(times)), np.array(draw(times))
+    parts = st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=workload.events, max_size=workload.events)
     return Costs(
         expert_bytes=64,
         link_bytes_per_ns=draw(st.sampled_from([8.0, 16.0, 64.0])) * (1.0 + draw(ROUGH) if rough else 1.0),
@@ -85,9 +87,12 @@ def costs_of(draw: st.DrawFn, workload: Workload) -> Costs:
         file_latency_ns=draw(one),
         event_ns=draw(one),
         forecast_ns=draw(st.one_of(st.just(0.0), one)),
-        pre_ns_N=np.array(draw(times)),
-        exec_ns_N=np.array(draw(times)),
+        pre_ns_N=pre_N,
+        exec_ns_N=exec_N,
         launch_ns_N=2 * np.array(draw(times)) if draw(st.booleans()) else None,
+        link_slowdown=draw(st.sampled_from([0.0, 0.125, 0.5, 2.0])),
+        host_pre_ns_N=pre_N * draw(parts) if draw(st.booleans()) else None,
+        host_exec_ns_N=exec_N * draw(parts) if draw(st.booleans()) else None,
     )
 
 

@@ -189,8 +189,8 @@ class Reference(State):
             if b in self.flying and not given_up:
                 self.flying[b].stage = "staged"
 
-    def work(self, until: float) -> None:
-        """The link, the file and the forecasts until a time."""
+    def work(self, until: float, waits: bool = False) -> None:
+        """The link, the file and the forecasts until a time; ``waits``: the event does."""
         while True:
             self.land()
             while self.points and self.points[0][0] <= self.t:
@@ -203,6 +203,8 @@ class Reference(State):
                 moments.append(self.link.end if self.link else self.link_free)
             if self.file or self.file_free > self.t:
                 moments.append(self.file[1] if self.file else self.file_free)
+            if self.link and not waits:
+                self.copied.append((self.t, min(moments)))
             self.t = min(moments)
 
     # ---- Events
@@ -228,12 +230,19 @@ class Reference(State):
         if c.launch_ns_N is not None:
             until = max(device, self.router + (c.launch_ns_N[n] + c.event_ns))
         self.work(until)
+        until = device + self.longer(began, self.part(c.host_pre_ns_N, n) + c.event_ns)
+        if c.launch_ns_N is not None:
+            launch = c.launch_ns_N[n] + c.event_ns
+            until = max(until, self.router + launch + self.longer(self.router, launch))
+        self.work(until)
         self.router = router = self.t
         there, fetched, judged = self.demand(n)
         self.complete = there
         self.points.append((router + c.forecast_ns, step * (self.L + 1) + layer + 1))
-        self.work(there)
+        self.work(there, waits=True)
         self.work(there + c.exec_ns_N[n])
+        late = self.longer(there, self.part(c.host_exec_ns_N, n))
+        self.work(self.t + late)
         if self.r.admission == "gate" and not self.free(self.pool(layer * self.E)):
             stay = [
                 self.decayed(b)
@@ -246,7 +255,7 @@ class Reference(State):
             for b in [b for b in self.present if b // self.E == layer]:
                 if not (self.present[b] and self.came_for[b] > n):
                     self.evict(b)
-        work, stall = c.pre_ns_N[n] + c.exec_ns_N[n] + (until - device), there - router
+        work, stall = c.pre_ns_N[n] + c.exec_ns_N[n] + (until - device + late), there - router
         times["compute_ns"] += work + c.event_ns
         times["stall_ns"] += stall
         times["total_ns"] += self.t - began

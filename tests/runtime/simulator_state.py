@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp, inf, log
 
+import numpy as np
+from numpy.typing import NDArray
+
 from specgate.policy.costs import Costs
 from specgate.policy.rules import Rules
 from specgate.policy.workload import Workload
@@ -76,6 +79,7 @@ class State:
         self.link: Copy | None = None
         self.file: tuple[int, float, bool] | None = None  # block, end, given up
         self.link_free = self.file_free = self.complete = 0.0  # complete: an event's experts are all there
+        self.copied: list[tuple[float, float]] = []  # from, to: on the link while no event waited
         self.points: list[tuple[float, int]] = []
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: list[Counter[str]] = [Counter() for _ in range(workload.documents)]
@@ -104,6 +108,18 @@ class State:
             if len(self.host) == self.host_slots:
                 self.host.pop(0)
             self.host.append(b)
+
+    # ---- The host
+
+    def part(self, part_N: NDArray[np.float64] | None, n: int) -> float:
+        return 0.0 if part_N is None else float(part_N[n])
+
+    def longer(self, begin: float, length: float) -> float:
+        """What copies that nobody waited for add to the host's work."""
+        busy, end = 0.0, begin + length
+        for since, to in self.copied:
+            busy += min(to, end) - since if begin <= since < end else 0.0
+        return self.c.link_slowdown * busy
 
     # ---- Keys
 

@@ -95,7 +95,8 @@ def test_times_and_bytes_add_up(case: Case) -> None:
     assert (result.demands_D == demanded).all()
     assert time["total_ns"] == pytest.approx(time["compute_ns"] + time["stall_ns"], rel=1e-9, abs=1e-9)
     alone = replace(case.costs, launch_ns_N=None).compute_ns
-    assert result.total("compute_ns") <= case.costs.compute_ns * (1 + 1e-9) + 1e-9
+    most = case.costs.compute_ns * (1 + case.costs.link_slowdown)
+    assert result.total("compute_ns") <= most * (1 + 1e-9) + 1e-9
     assert result.total("compute_ns") >= alone * (1 - 1e-9), "launches hide behind waiting, nothing else does"
     assert (count["demand_bytes"] == size * (count["host_hits"] + count["misses"])).all()
     if not case.rules.low_bytes:
@@ -109,6 +110,30 @@ def test_times_and_bytes_add_up(case: Case) -> None:
     assert (count["steps"] == np.bincount(case.workload.document_S)).all()
     assert result.hit_rate <= 1
     assert set(result.totals()) == {*COUNTS, *TIMES}
+
+
+@some
+@given(cases(prefetch=False), st.sampled_from([0.3, 5.0]))
+def test_copies_that_the_model_waits_for_slow_nothing_down(case: Case, slowdown: float) -> None:
+    """Bit for bit: without prefetches there are no others."""
+    slow, free = (
+        case.run(costs=replace(case.costs, link_slowdown=value)).totals() for value in (slowdown, 0.0)
+    )
+    assert slow == free
+
+
+@some
+@given(cases(), st.sampled_from([0.3, 5.0]))
+def test_a_slower_host_makes_no_event_shorter(case: Case, slowdown: float) -> None:
+    """Whatever the prefetches do: compute is what it was, and what the slowdown adds."""
+    slow = case.run(costs=replace(case.costs, link_slowdown=slowdown))
+    device = replace(case.costs, launch_ns_N=None).compute_ns
+    assert slow.total("compute_ns") >= device * (1 - 1e-9)
+    unbound = replace(
+        case.costs, link_slowdown=slowdown, launch_ns_N=None, event_ns=0.0, host_pre_ns_N=None,
+        host_exec_ns_N=None,
+    )  # fmt: skip
+    assert case.run(costs=unbound).totals() == case.run(costs=replace(unbound, link_slowdown=0.0)).totals()
 
 
 @some
@@ -140,7 +165,8 @@ def test_slots_per_layer_are_caches_of_their_own(case: Case, more: list[int]) ->
     for layer in range(L):
         own = slice(layer, None, L)
         pre_N, exec_N = case.costs.pre_ns_N[own], case.costs.exec_ns_N[own]
-        costs = replace(case.costs, pre_ns_N=pre_N, exec_ns_N=exec_N, launch_ns_N=None)
+        own_costs = {"pre_ns_N": pre_N, "exec_ns_N": exec_N, "host_pre_ns_N": None, "host_exec_ns_N": None}
+        costs = replace(case.costs, **own_costs, launch_ns_N=None)
         weights = case.rules.weights_LE
         rules = replace(case.rules, weights_LE=None if weights is None else weights[layer : layer + 1])
         alone = case.run(

@@ -6,6 +6,7 @@
 
 #include <memory>
 #include <optional>
+#include <utility>
 
 #include "bind.h"
 #include "error.h"
@@ -112,10 +113,14 @@ class Held {
     fits("exec_ns_N", exec.size(), calls.events());
     table.pre_ns = pre.data();
     table.exec_ns = exec.data();
-    if (!costs.attr("launch_ns_N").is_none()) {
-      const auto launch = hold<double>(costs, "launch_ns_N");
-      fits("launch_ns_N", launch.size(), calls.events());
-      table.launch_ns = launch.data();
+    table.link_slowdown = real(costs, "link_slowdown");
+    for (const auto& [name, place] : {std::pair{"launch_ns_N", &table.launch_ns},
+                                      std::pair{"host_pre_ns_N", &table.host_pre_ns},
+                                      std::pair{"host_exec_ns_N", &table.host_exec_ns}}) {
+      if (costs.attr(name).is_none()) continue;
+      const auto times = hold<double>(costs, name);
+      fits(name, times.size(), calls.events());
+      *place = times.data();
     }
     const sim::RuleTable rule_table = rules_of(rules);
     const sim::Room room{std::move(slots), host_slots, std::move(warm), std::move(warm_host)};

@@ -30,6 +30,7 @@ Simulator::Simulator(const Calls& calls, const CostTable& costs, const RuleTable
       low_ns_(costs.link_latency_ns + static_cast<double>(rules.low_bytes) / costs.link_bytes_per_ns),
       decay_(std::pow(2.0, -1.0 / kMemory)),
       eviction_(rules_, calls.layers, calls.experts, static_cast<int64_t>(room.slots.size())) {
+  slows_ = costs.link_slowdown > 0;
   foresees_ = calls.point_start && (rules.prefetch != Fetch::None || rules.eviction == Evict::Forecast ||
                                     rules.eviction == Evict::Priced);
   const int64_t size = calls.layers * calls.experts;
@@ -84,6 +85,8 @@ void Simulator::reset() {
   means_ = {};
   now_ = until_ = router_ = link_free_ = file_free_ = 0;
   known_first_ = known_last_ = 0;
+  launches_ = own_ = {};
+  if (costs_.launch_ns && calls_.events()) launches_.end = costs_.launch_ns[0] + costs_.event_ns;
   tally_ = tallies_.data();
 }
 
@@ -110,18 +113,23 @@ bool Simulator::step(bool pauses) {
       phase_ = Phase::Before;
       [[fallthrough]];
     case Phase::Before:
-      if (process(until_, pauses)) return true;
+      if (pass(pauses)) return true;
       router_ = now_;
+      if (slows_ && costs_.launch_ns && n_ + 1 < calls_.events()) {
+        launches_ = {router_ + (costs_.launch_ns[n_ + 1] + costs_.event_ns), 0};
+      }
       until_ = demand(pauses);
       phase_ = Phase::Waits;
       [[fallthrough]];
     case Phase::Waits:
       if (process(until_, pauses)) return true;
       until_ = now_ + costs_.exec_ns[n_];
+      own_ = {now_ + (costs_.host_exec_ns ? costs_.host_exec_ns[n_] : 0.0), 0};
+      slowed_ = false;
       phase_ = Phase::Runs;
       [[fallthrough]];
     case Phase::Runs:
-      if (process(until_, pauses)) return true;
+      if (pass(pauses)) return true;
       finish();
       phase_ = Phase::Begin;
   }
@@ -141,9 +149,33 @@ void Simulator::begin(bool pauses) {
     ++tally_->steps;
     if (foresees_ || pauses) await_point(now_ + costs_.forecast_ns);
   }
-  const double device = now_ + (costs_.pre_ns[n_] + costs_.event_ns);
-  until_ = costs_.launch_ns ? std::max(device, router_ + (costs_.launch_ns[n_] + costs_.event_ns)) : device;
-  lag_ = until_ - device;
+  device_ = now_ + (costs_.pre_ns[n_] + costs_.event_ns);
+  until_ = costs_.launch_ns ? std::max(device_, router_ + (costs_.launch_ns[n_] + costs_.event_ns)) : device_;
+  lag_ = until_ - device_;
+  own_ = {now_ + ((costs_.host_pre_ns ? costs_.host_pre_ns[n_] : 0.0) + costs_.event_ns), 0};
+  slowed_ = false;
+}
+
+/// To the end of the phase, and as much further as copies kept the host. Whether it stopped at a point.
+bool Simulator::pass(bool pauses) {
+  if (process(until_, pauses)) return true;
+  if (!slows_ || slowed_) return false;
+  slowed_ = true;
+  slow_down();
+  return process(until_, pauses);
+}
+
+/// The host's work is longer by its slowdown times the time in which the link copied meanwhile.
+void Simulator::slow_down() {
+  const double own = costs_.link_slowdown * own_.busy;
+  if (phase_ == Phase::Runs) {
+    until_ += own;
+    lag_ += own;
+    return;
+  }
+  until_ = device_ + own;
+  if (costs_.launch_ns) until_ = std::max(until_, launches_.end + costs_.link_slowdown * launches_.busy);
+  lag_ = until_ - device_;
 }
 
 /// The link, the file and the forecasts until a time. Whether it stopped at a point.
@@ -180,6 +212,10 @@ bool Simulator::process(double until, bool pauses) {
       next = std::min(next, file_free_);
     }
     if (known_first_ != known_last_) next = std::min(next, known_[static_cast<size_t>(known_first_ % kRing)]);
+    if (slows_ && link_block_ != kNone && phase_ != Phase::Waits) {
+      own_.copied(now_, next);
+      launches_.copied(now_, next);
+    }
     now_ = next;
   }
 }

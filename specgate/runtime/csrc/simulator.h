@@ -4,6 +4,7 @@
 // Nothing is allocated while it runs. Doubles throughout; equal input gives equal output.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <vector>
@@ -66,6 +67,12 @@ class Simulator {
   struct Pool {
     int64_t slots = 0, free = 0, evictable = 0;
   };
+  struct HostWork {  // begun; `busy`: of the time until `end`, in which the link copied what no event waits for
+    double end = 0, busy = 0;
+    void copied(double from, double to) {
+      if (from < end) busy += std::min(to, end) - from;
+    }
+  };
   struct Means {  // decayed sums of the last events
     double busy = 0, time = 0, stall = 0, work = 0, count = 0, hits = 0, asked = 0;
   };
@@ -73,6 +80,8 @@ class Simulator {
   // simulator.cpp
   bool step(bool pauses);
   void begin(bool pauses);
+  bool pass(bool pauses);
+  void slow_down();
   void finish();
   bool process(double until, bool pauses);
   void await_point(double known);
@@ -154,6 +163,10 @@ class Simulator {
   Means means_;
   double now_ = 0, until_ = 0, began_ = 0, router_ = 0, lag_ = 0, stall_ = 0, busy_ = 0;
   int64_t hits_ = 0;
+  // The host's work: launches since the router before has chosen, and what this phase has of its own
+  bool slows_ = false, slowed_ = false;  // slowed_: `until_` has it
+  HostWork launches_, own_;
+  double device_ = 0;  // when the router would have chosen, if the host were no later
   // The link: a prefetch's copy under way (or the exact one after an approximate one), and from when on it
   // may start another one
   int64_t link_block_ = kNone;

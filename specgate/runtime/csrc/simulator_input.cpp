@@ -115,10 +115,19 @@ void check_costs(const Calls& calls, const CostTable& c) {
   check_time("file_latency_ns", c.file_latency_ns);
   check_time("event_ns", c.event_ns);
   check_time("forecast_ns", c.forecast_ns);
+  if (!is_time(c.link_slowdown)) {
+    refuse("link_slowdown=" + std::to_string(c.link_slowdown) + " slows nothing down: give a number from 0.");
+  }
   for (int64_t n = 0; n < calls.events(); ++n) {
     if (!is_time(c.pre_ns[n])) check_time("pre_ns_N[" + text(n) + "]", c.pre_ns[n]);
     if (!is_time(c.exec_ns[n])) check_time("exec_ns_N[" + text(n) + "]", c.exec_ns[n]);
     if (c.launch_ns && !is_time(c.launch_ns[n])) check_time("launch_ns_N[" + text(n) + "]", c.launch_ns[n]);
+    if (c.host_pre_ns && !is_time(c.host_pre_ns[n])) {
+      check_time("host_pre_ns_N[" + text(n) + "]", c.host_pre_ns[n]);
+    }
+    if (c.host_exec_ns && !is_time(c.host_exec_ns[n])) {
+      check_time("host_exec_ns_N[" + text(n) + "]", c.host_exec_ns[n]);
+    }
   }
 }
 

@@ -32,6 +32,9 @@ struct CostTable {
   const double* pre_ns = nullptr;   // [N]
   const double* exec_ns = nullptr;  // [N]
   const double* launch_ns = nullptr;  // [N]; null: none
+  double link_slowdown = 0;           // of the host's work while the link copies what no event waits for
+  const double* host_pre_ns = nullptr;   // [N], of pre_ns; null: 0
+  const double* host_exec_ns = nullptr;  // [N], of exec_ns; null: 0
 };
 
 enum class Evict { None, Lru, Lfu, Lfru, Lru2, Static, Forecast, Belady, Priced };
