@@ -22,6 +22,9 @@ from specgate.traces.datamodule import RoutingDataModule
 from specgate.traces.windows import WindowDataset
 
 SPLITS = ("test", "validation", "train")
+NEAR, EVERY = 6, 6
+"""Forecasts of more than so many layers ahead are renewed at every so-many-th point of a token only: they
+change little from point to point, and there would be millions of them."""
 
 #: What is asked for at one point: layer, horizon, (expert, probability) of each, most probable first.
 Wanted = list[tuple[int, int, list[tuple[int, float]]]]
@@ -93,9 +96,17 @@ def document_of(batch: RoutingBatch, tokens: int, name: str) -> tuple[Document, 
     return Document(name, experts_TLK.tolist(), batch.weights_BTLK[0, keep_T].float()), keep_T
 
 
+def renewed_PH(P: int, H: int) -> Tensor:
+    """Which horizons a point's forecast is read of, bool ``[P, H]``."""
+    point_P1, horizon_H = torch.arange(P)[:, None], torch.arange(1, H + 1)
+    return (horizon_H <= NEAR) | (point_P1 % EVERY == 0)
+
+
 @torch.no_grad()
 def foreseen(predictor: Predictor, batch: RoutingBatch, keep_T: Tensor) -> Tensor:
     """A predictor's probabilities at each point of a document: ``[T, P, H, E]``, float16, 0 where none is.
+
+    Far horizons are foreseen where they are renewed (:func:`renewed_PH`), as in mode=simulate.
 
     Args:
         batch: the window, with its context.
@@ -103,6 +114,7 @@ def foreseen(predictor: Predictor, batch: RoutingBatch, keep_T: Tensor) -> Tenso
     """
     p_TPHE = predictor.probabilities(batch)[0, keep_T].float()
     known_PH = (predictor.kinds != INVALID).to(p_TPHE.device)
+    known_PH &= renewed_PH(*known_PH.shape).to(p_TPHE.device)
     return torch.where(known_PH[..., None], p_TPHE.clamp(0, 1), 0.0).nan_to_num(0.0).half().cpu()
 
 

@@ -12,22 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from specgate.calibration.load import check_compatible
 from specgate.errors import ConfigError
 from specgate.policy.workload import NO_EXPERT, Forecasts, Workload, decoding
 from specgate.predictors.base import Predictor
-from specgate.report.replay_trace import SPLITS
+from specgate.report.replay_trace import SPLITS, renewed_PH
 from specgate.traces.batch import INVALID
 from specgate.traces.datamodule import RoutingDataModule
 from specgate.traces.windows import WindowDataset
 
 LEAST = 2.0**-9
 """Forecasts below this probability are left out: no price makes them worth fetching."""
-NEAR, EVERY = 6, 6
-"""Forecasts of more than so many layers ahead are renewed at every so-many-th point of a token only: they
-change little from point to point, and there would be millions of them."""
 WINDOWS = 16
 """Windows that a predictor reads at a time."""
 
@@ -123,12 +119,6 @@ def read_windows(
                 experts_TLK = experts_TLK.masked_fill(batch.dropped_BTL[b, keep_T, :, None], NO_EXPERT)
             yield Part(experts_TLK.numpy(), forecasts)
         tick(len(some))
-
-
-def renewed_PH(P: int, H: int) -> Tensor:
-    """Which horizons a point's forecast is read of, bool ``[P, H]``."""
-    point_P1, horizon_H = torch.arange(P)[:, None], torch.arange(1, H + 1)
-    return (horizon_H <= NEAR) | (point_P1 % EVERY == 0)
 
 
 def assemble(parts: Sequence[Part], experts: int, name: str, tokens: int | None) -> dict[str, Workload]:

@@ -23,13 +23,14 @@ from specgate.report.plan_sizes import check_decoding, sizes_of
 from specgate.report.publish import publish
 from specgate.report.record import Run, read_record
 from specgate.report.replay_shape import ModelShape
+from specgate.report.replay_trace import renewed_PH
 from specgate.report.results import make
 from specgate.report.simulate import simulate
 from specgate.report.simulate_foresight import foresight_of
 from specgate.report.simulate_page import policies_of
 from specgate.report.simulate_rows import interval, resampled, share_of_gain
 from specgate.report.simulate_settings import SimulateSettings, slots_for
-from specgate.report.simulate_trace import documents_of, renewed_PH
+from specgate.report.simulate_trace import documents_of
 from specgate.runtime import native
 from specgate.runtime.simulator import simulate as run_simulation
 from specgate.traces.datamodule import RoutingDataModule
