@@ -212,8 +212,8 @@ def offload(
         revision: branch, tag or commit on the hub.
         batch_size, context: sequences and tokens of each that memory is set aside for (context None: 2048, or
             what the model can).
-        threshold: experts that are less probable are not fetched ahead. None: 0.2; with ``priced``, which
-            weighs each of them, 2^-6; with ``router_lookahead``, whose probabilities are not calibrated, 0.5.
+        threshold: experts that are less probable are not fetched ahead. None: with ``priced``, which weighs
+            each of them, 2^-6; else 0.2, or 0.5 of ``router_lookahead``, which is not calibrated.
         history: tokens that a predictor looks back at most.
         forecasts: ``kernel`` (one launch per layer, nothing is waited for; ``router_lookahead``, ``mlp`` and
             ``router_residual`` while decoding, with the native store), ``torch`` (any predictor), or
@@ -348,9 +348,10 @@ def _give_routers(predictor: Predictor, layers: Sequence[MoELayer]) -> None:
 
 def _threshold(predictors: Sequence[Predictor], eviction: str, store: str) -> float:
     """From which probability on experts are fetched ahead, unless the user says so."""
-    if any(isinstance(one, RouterLookahead) and not bool(one.host.known) for one in predictors):
-        return 0.5
-    return LEAST if eviction == "priced" and store == "native" else 0.2
+    if eviction == "priced" and store == "native":
+        return LEAST  # it learns what its probabilities are worth
+    untrained = any(isinstance(one, RouterLookahead) and not bool(one.host.known) for one in predictors)
+    return 0.5 if untrained else 0.2
 
 
 def _know_reuse(runner: ExpertRunner, store: Store, plan: OffloadPlan, reuse: Reuse | None) -> None:
