@@ -57,7 +57,7 @@ void it_forgets() {
 }
 
 void deadlines() {
-  Trust exact(4), loose(4, 1);
+  Trust exact(4), loose(4, 1);  // a use may come one event early
   for (Trust* trust : {&exact, &loose}) {
     trust->said(1, 0.5, 5, 0);
     trust->said(2, 0.5, 5, 0);

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kSpins = 2000;  // polls that find nothing before the thread begins to sleep
 constexpr auto kNap = std::chrono::microseconds(20);
+constexpr int64_t kEarly = 4;  // launches
 
 }  // namespace
 
@@ -26,7 +27,9 @@ void Store::follow(std::shared_ptr<const ForecastRing> ring, uint32_t first_bloc
   {
     const std::lock_guard lock(mutex_);
     require_open();
-    if (trust_) trust_->set_slack(1);  // uses and the clock are told by different threads
+    // an expert is used when its layer's own launch is still to come, and the deadline below is that of the next one;
+    // this thread may be late besides
+    if (trust_) trust_->set_early(std::min<int64_t>(kEarly, layers));
   }
   following_ = true;
   follower_ = std::thread([this, ring = std::move(ring), first_block, experts, layers] {

@@ -27,10 +27,10 @@ class Trust {
     double said = 0, stated = 0, used = 0;  ///< forecasts, the sum of their p, those that came true
   };
 
-  /// `slack`: events that a use may be off the deadline, where the clock is moved by another thread than uses are.
-  explicit Trust(size_t blocks, int64_t slack = 0) : slack_(slack), used_at_(blocks, kLongAgo) {}
+  /// `early`: events that a use may come before its deadline, where deadlines are not exact.
+  explicit Trust(size_t blocks, int64_t early = 0) : early_(early), used_at_(blocks, kLongAgo) {}
 
-  void set_slack(int64_t slack) { slack_ = slack; }
+  void set_early(int64_t early) { early_ = early; }
 
   /// The chance that a forecast of p for `ahead` events from now comes true. 0 stays 0.
   double of(double p, int64_t ahead) const {
@@ -56,10 +56,10 @@ class Trust {
   }
   /// Looks at what was due; the time is `now`, and what is used then has been told.
   void settle(int64_t now) {
-    while (!due_.empty() && first_ + slack_ <= now) {
+    while (!due_.empty() && first_ <= now) {
       for (const Open& open : due_.front()) {
         const int64_t off = used_at_[open.block] - first_;
-        count(seen_[open.cell], open.p, off >= -slack_ && off <= slack_);
+        count(seen_[open.cell], open.p, off >= -early_ && off <= 0);
       }
       due_.pop_front();
       ++first_;
@@ -90,7 +90,7 @@ class Trust {
     if (seen.said >= 2 * kHalf) seen.said *= 0.5, seen.stated *= 0.5, seen.used *= 0.5;
   }
 
-  int64_t slack_;
+  int64_t early_;
   std::array<Seen, kHorizons*(kEdges.size() + 1)> seen_{};
   Seen total_;
   std::vector<int64_t> used_at_;       // per block: the latest event that used it
