@@ -163,7 +163,7 @@ def test_values_that_make_no_sense(folder: Path) -> None:
 
 @pytest.mark.parametrize("forecasts", ["kernel", "torch"])
 def test_what_was_foreseen_is_judged_by_what_came(forecasts: str) -> None:
-    """Deadlines and uses are told by different threads: were they out of step, chance would remain, 4 of 32."""
+    """Deadlines and uses are told by different threads: out of step they would agree by chance, 4 of 32."""
     ids = torch.tensor([[11, 350, 27, 1200, 5, 90, 333, 17, 42, 7]])
     with opened(Path("olmoe_ref"), 64, ROUTERS, forecasts=forecasts, threshold=0.5) as model:
         model.generate(input_ids=ids, max_new_tokens=40, min_new_tokens=40, do_sample=False, pad_token_id=0)
