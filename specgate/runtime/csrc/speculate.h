@@ -155,6 +155,8 @@ class ForecastRing {
   ForecastRing(const ForecastRing&) = delete;
   ForecastRing& operator=(const ForecastRing&) = delete;
   const RingView& view() const { return view_; }
+  /// The newest launch whose forecast is there, if `known` is one that was.
+  uint64_t newest(uint64_t known) const;
 
  private:
   RingView view_;

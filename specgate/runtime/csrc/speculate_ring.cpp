@@ -42,6 +42,15 @@ ForecastRing::ForecastRing(int slots, int capacity, void* (*allocate)(size_t), v
 
 ForecastRing::~ForecastRing() { free_ ? free_(view_.memory) : std::free(view_.memory); }
 
+uint64_t ForecastRing::newest(uint64_t known) const {
+  for (;;) {
+    const unsigned char* slot = view_.memory + (known + 1) % static_cast<uint64_t>(view_.slots) * view_.stride;
+    const uint64_t found = word_at(slot, std::memory_order_acquire);
+    if (found <= known) return known;
+    known = found;
+  }
+}
+
 bool ForecastReader::poll(Foreseen& out) {
   const RingView& ring = ring_->view();
   const unsigned char* slot = ring.memory + next_ % static_cast<uint64_t>(ring.slots) * ring.stride;

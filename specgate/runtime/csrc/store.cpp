@@ -92,7 +92,7 @@ bool Store::demand(const std::vector<uint32_t>& blocks) {
   require_open();
   ledger_->demand(blocks);
   ++counters_.acquires;
-  if (trust_) trust_->used(blocks, ledger_->now());
+  if (trust_) trust_->used(blocks, clock_of_use());
   if (config_.price_scale >= 0) {
     pricer_.event(now_ns(), counters_.stall_ns - stall_seen_ns_);
     stall_seen_ns_ = counters_.stall_ns;

@@ -141,6 +141,7 @@ class Store {
   void advance_clock(int64_t now);              // mutex_ is held, as for all below
   Asked ask(Foreknown foreknown);
   void believe(Foreknown& foreknown);
+  int64_t clock_of_use();
   bool near(const Foreknown& foreknown) const;
   bool worth(const Foreknown& foreknown);
   double value_of_victim(uint32_t shape_class);
@@ -189,6 +190,9 @@ class Store {
   StoreCounters counters_;
   bool closed_ = false, closing_ = false;
   std::atomic<bool> following_{false};
+  std::shared_ptr<const ForecastRing> ring_;    // that is followed
+  uint64_t newest_ = 0;                         // launch of it that was seen
+  std::optional<int64_t> first_launch_;         // the clock at launch 0
   std::thread follower_;
   std::mutex asked_mutex_;                      // of what follows; taken after mutex_, if both are
   std::condition_variable asked_changed_;

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kSpins = 2000;  // polls that find nothing before the thread begins to sleep
 constexpr auto kNap = std::chrono::microseconds(20);
-constexpr int64_t kEarly = 4;  // launches
+constexpr int64_t kEarly = 2;  // launches
 
 }  // namespace
 
@@ -27,9 +27,11 @@ void Store::follow(std::shared_ptr<const ForecastRing> ring, uint32_t first_bloc
   {
     const std::lock_guard lock(mutex_);
     require_open();
-    // an expert is used when its layer's own launch is still to come, and the deadline below is that of the next one;
-    // this thread may be late besides
+    // an expert is used before its layer's own launch, and the deadline below is that of the one after
     if (trust_) trust_->set_early(std::min<int64_t>(kEarly, layers));
+    ring_ = ring;
+    newest_ = 0;
+    first_launch_.reset();
   }
   following_ = true;
   follower_ = std::thread([this, ring = std::move(ring), first_block, experts, layers] {
@@ -37,7 +39,6 @@ void Store::follow(std::shared_ptr<const ForecastRing> ring, uint32_t first_bloc
     ForecastReader reader(ring);
     Foreseen foreseen;
     std::vector<Foreknown> foreknown;
-    int64_t base = -1;
     int idle = 0;
     while (following_.load(std::memory_order_relaxed)) {
       if (!reader.poll(foreseen)) {
@@ -46,12 +47,14 @@ void Store::follow(std::shared_ptr<const ForecastRing> ring, uint32_t first_bloc
       }
       idle = 0;
       const auto sequence = static_cast<int64_t>(foreseen.sequence);
+      int64_t base = 0;
       foreknown.clear();
       try {
         {
           const std::lock_guard lock(mutex_);
           require_open();
-          if (base < 0) base = ledger_->now() + 1 - sequence;  // the clock goes on from where it is
+          if (!first_launch_) first_launch_ = ledger_->now() + 1 - sequence;  // the clock goes on from where it is
+          base = *first_launch_;
           advance_clock(std::max(ledger_->now(), base + sequence));
           ++counters_.followed;
           counters_.lost = static_cast<int64_t>(reader.lost());
@@ -72,9 +75,19 @@ void Store::follow(std::shared_ptr<const ForecastRing> ring, uint32_t first_bloc
   });
 }
 
+/// The time of what is demanded now. This thread may be ahead of the one that follows. (mutex_ is held)
+int64_t Store::clock_of_use() {
+  if (!ring_ || !first_launch_) return ledger_->now();
+  newest_ = ring_->newest(newest_);
+  return std::max(ledger_->now(), *first_launch_ + static_cast<int64_t>(newest_));
+}
+
 void Store::unfollow() {
   following_ = false;
   if (follower_.joinable()) follower_.join();
+  const std::lock_guard lock(mutex_);
+  ring_.reset();
+  if (trust_) trust_->set_early(0);
 }
 
 }  // namespace specgate
