@@ -33,9 +33,11 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     *("link_latency_us", "file_latency_us", "kernel_us", "reserved_gb"),
     *("operation_us", "readback_us", "upload_us", "send_us", "launch_slowdown"),
+    *("graph_us", "node_us", "write_us", "answer_us", "graph_slowdown"),
 )
 _UNKNOWN = (
     *("pageable_gb_per_s", "operation_us", "readback_us", "upload_us", "send_us", "gathered_gb_per_s"),
+    *("graph_us", "node_us", "write_us", "answer_us"),
 )
 
 
@@ -62,6 +64,11 @@ class Hardware:
             taken as 0.
         launch_slowdown: by how much a layer's launches take longer while a copy to the device is under way,
             relative to them; 0: unknown, or none.
+        graph_us: the host's time to launch a layer's experts, or its dense part, as one CUDA graph; None:
+            unknown, and then so are the next three. node_us: the device's for an operation that moves next to
+            nothing. write_us: the host's to send the slots of its experts over. answer_us: from the end of
+            what the device does until the host has read its router's choice.
+        graph_slowdown: as launch_slowdown, for a layer of two graphs.
         gathered_gb_per_s: bandwidth at which experts are copied together and multiplied; None: unknown,
             memory's.
         source: where the figures come from.
@@ -94,6 +101,11 @@ class Hardware:
     upload_us: float | None = None
     send_us: float | None = None
     launch_slowdown: float = 0.0
+    graph_us: float | None = None
+    node_us: float | None = None
+    write_us: float | None = None
+    answer_us: float | None = None
+    graph_slowdown: float = 0.0
     gathered_gb_per_s: float | None = None
     file: str = "disk"
     ahead: bool = True

@@ -31,6 +31,7 @@ from specgate.policy.readings import (
     read_launch,
     read_memory,
 )
+from specgate.policy.readings_graph import fields_of, read_graphs
 from specgate.policy.readings_layer import read_gathered, read_host
 from specgate.policy.readings_slowed import read_slowed
 
@@ -47,6 +48,16 @@ _HOST = {
     "synchronous": "a layer with both",
     "copied": "the same after a copy, less that",
     "ahead": "the same, launched ahead of it",
+}
+
+
+_GRAPHS = {
+    "write": "graphs: slots sent",
+    "experts": "graphs: experts launched",
+    "dense": "graphs: dense part launched",
+    "answer": "graphs: the choice read back",
+    "layer": "graphs: a layer",
+    "node": "graphs: an operation on the device",
 }
 
 
@@ -152,6 +163,8 @@ def measure(plan: Plan, progress: Progress | None = None) -> Hardware:
     host = read_host(device, plan.repeats)
     tick("launches beside copies")
     slowed = read_slowed(device, plan.repeats)
+    tick("launches of graphs")
+    graphs = read_graphs(device, plan.repeats)
     file = read_file(
         plan.folder, plan.file_mib * MIB, plan.block_mib * MIB, plan.threads, max(3, plan.repeats // 3), tick
     )
@@ -181,6 +194,8 @@ def measure(plan: Plan, progress: Progress | None = None) -> Hardware:
         send_us=round(host["send"]["ns"] * 1e-3, 4),
         launch_slowdown=max(0.0, slowed["slowdown"]["median"]) if slowed else 0.0,
         gathered_gb_per_s=gathered["gb_per_s"],
+        graph_slowdown=max(0.0, graphs["slowdown"]["median"]) if graphs else 0.0,
+        **fields_of(graphs),
         ahead=device.type == "cuda",
         measured=True,
         source=f"measured on {device_name(device)}; medians of {plan.repeats} readings",
@@ -195,6 +210,7 @@ def measure(plan: Plan, progress: Progress | None = None) -> Hardware:
             "launch": launch,
             "host": host,
             "slowed": slowed,
+            "graphs": graphs,
             "gathered": gathered,
             "file": file,
         },
@@ -231,6 +247,9 @@ def table_of(found: Hardware) -> Table:
         add("a layer, its slots sent ahead", "", slowed["alone"], "")
         share = f"{longer['median']:.1%} longer, {longer['low']:.1%} to {longer['high']:.1%}"
         add("the same beside copies", "", slowed["beside"], share)
+    if graphs := readings["graphs"]:
+        for name, what in _GRAPHS.items():
+            add(what, "", graphs[name], "")
     row = readings["file"]
     how = "O_DIRECT" if row["direct"] else "through the page cache"
     add(f"file, {how}", f"{row['bytes'] / MIB:g} MiB", row, f"{row['gb_per_s']:.3g} GB/s")

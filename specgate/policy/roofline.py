@@ -110,6 +110,8 @@ class Runtime:
         waits: whether the host must know each router's choice before it goes on, and sends slots to the
             device; what that costs is in a measured profile (:mod:`specgate.policy.launches`).
         ahead: whether it sends slots without waiting for the experts' copies, and launches meanwhile.
+        graphs: whether a stretch, a layer's experts and the head are one launch each (CUDA graphs); needs
+            ``ahead``, and a profile that says what that costs, else it counts for nothing.
     """
 
     name: str
@@ -120,11 +122,15 @@ class Runtime:
     event_us: float
     waits: bool = False
     ahead: bool = False
+    graphs: bool = False
 
 
 #: Operations of one decoded token that are not views. Counted in transformers 5.23: 41 to 68 per layer
 #: outside of the experts, 9 to 18 in them. Those of ``replay`` are of gpt_oss; a test counts them. event_us
 #: is what docs/RESULTS.md has (the store's paths).
+#: Of the experts' operations, those that move their weights: with ``batched_mm`` two tensors are copied
+#: together, then multiplied.
+GATHER_OPERATIONS, MATRIX_OPERATIONS = 4, 2
 RUNTIMES = {
     "transformers": Runtime("transformers", 55, 10, 50, True, 25.0, waits=True, ahead=True),
     "grouped": Runtime("grouped", 55, 10, 50, False, 25.0, waits=True, ahead=True),
@@ -195,7 +201,9 @@ def roofline(
     check(sizes, workload, context)
     L, S = workload.layers, workload.steps
     bandwidth, speed = hardware.memory_bytes_per_ns, hardware.operations_per_ns
-    launch = hardware.operation_ns if runtime.waits else hardware.kernel_us * 1e3
+    launch = _launch_ns(hardware, runtime)
+    graphs = _graphs(hardware, runtime)
+    node = 1e3 * (hardware.node_us or 0.0) if graphs else 0.0
     tokens_S = step_tokens(workload)
     caches_S = tokens_S if sequences is None else np.minimum(tokens_S, sequences)
 
@@ -216,18 +224,24 @@ def roofline(
     for stretch in range(L):
         memory_SL[:, stretch], compute_SL[:, stretch] = dense(stretch, sizes.stretch_parameters[stretch])
         launches_SL[:, stretch] = runtime.dense_launches * _blocks(sizes, stretch)
+    nodes_SL = np.maximum(0.0, launches_SL - 1)  # besides the one that moves the weights
     last_memory_S, last_compute_S = dense(L, sizes.step_parameters)
     last = runtime.step_launches + runtime.dense_launches * (
         _blocks(sizes, L) if any(a.stretch == L for a in sizes.attentions) else 0
     )
     experts_N, by_memory_N = _experts(sizes, workload, hardware, runtime)
+    if graphs:
+        launches_SL, launched = np.minimum(launches_SL, 1), (min(1, runtime.expert_launches), min(1, last))
+    else:
+        launched = (runtime.expert_launches, last)
+    small = max(0, runtime.expert_launches - (GATHER_OPERATIONS if runtime.gathers else MATRIX_OPERATIONS))
     work = Work(
-        dense_N=np.maximum(memory_SL, compute_SL).reshape(-1),
+        dense_N=(np.maximum(memory_SL, compute_SL) + node * nodes_SL).reshape(-1),
         launches_N=launches_SL.reshape(-1) * launch,
-        experts_N=experts_N,
-        launch_experts=runtime.expert_launches * launch,
-        head_S=np.maximum(last_memory_S, last_compute_S),
-        launch_head=last * launch,
+        experts_N=experts_N + node * small,
+        launch_experts=launched[0] * launch,
+        head_S=np.maximum(last_memory_S, last_compute_S) + node * max(0, last - 1),
+        launch_head=launched[1] * launch,
         operation=launch,
         layers=L,
         asked=asked_us * 1e3,
@@ -251,6 +265,18 @@ def roofline(
     return Roofline(ends.pre_N, ends.exec_N, shares, ends.launch_N, bound_N, begun_N)
 
 
+def _graphs(hardware: Hardware, runtime: Runtime) -> bool:
+    """Whether stretches and experts are one launch each."""
+    return runtime.graphs and runtime.ahead and hardware.ahead and hardware.graph_us is not None
+
+
+def _launch_ns(hardware: Hardware, runtime: Runtime) -> float:
+    """The host's time for one launch."""
+    if _graphs(hardware, runtime):
+        return 1e3 * (hardware.graph_us or 0.0)
+    return hardware.operation_ns if runtime.waits else hardware.kernel_us * 1e3
+
+
 def _waits(hardware: Hardware, runtime: Runtime) -> bool:
     """Whether what the host waits for is known."""
     return runtime.waits and hardware.readback_us is not None
@@ -265,13 +291,16 @@ def _sent_ns(hardware: Hardware, runtime: Runtime) -> float:
     """Of an event: sending the slots of its experts."""
     if not _waits(hardware, runtime):
         return 0.0
+    if _graphs(hardware, runtime):
+        return 1e3 * (hardware.write_us or 0.0)
     return 1e3 * ((hardware.send_us if _ahead(hardware, runtime) else hardware.upload_us) or 0.0)
 
 
 def _ends(work: Work, hardware: Hardware, runtime: Runtime) -> Ends:
     if not _waits(hardware, runtime):
         return answered_at_once(work)
-    readback, sent = 1e3 * (hardware.readback_us or 0.0), _sent_ns(hardware, runtime)
+    answer = hardware.answer_us if _graphs(hardware, runtime) else hardware.readback_us
+    readback, sent = 1e3 * (answer or 0.0), _sent_ns(hardware, runtime)
     if _ahead(hardware, runtime):
         return launched_ahead(work, readback, sent)
     return waited_for(work, readback, sent, hardware.ahead)
@@ -343,7 +372,7 @@ def costs_of(
         pre_ns_N=times.pre_ns_N,
         exec_ns_N=times.exec_ns_N,
         launch_ns_N=times.launch_ns_N,
-        link_slowdown=hardware.launch_slowdown,
+        link_slowdown=hardware.graph_slowdown if _graphs(hardware, runtime) else hardware.launch_slowdown,
         host_pre_ns_N=times.host_pre_ns_N,
         host_exec_ns_N=times.host_exec_ns_N,
     )

@@ -29,8 +29,9 @@ from specgate.errors import ConfigError
 from specgate.moe.hosts import resolve_device
 from specgate.report.meters import NO_ENERGY, EnergyCounter, Meter
 from specgate.report.partial import Partial
+from specgate.report.replay_body import Body, SlotExperts
 from specgate.report.replay_rows import make_rows
-from specgate.report.replay_run import Body, Probe, Runner, SlotExperts
+from specgate.report.replay_run import Probe, Runner
 from specgate.report.replay_script import Script, load_script, make_script, save_script
 from specgate.report.replay_settings import (
     LEARNS,
@@ -43,6 +44,7 @@ from specgate.report.replay_settings import (
     variant_of,
 )
 from specgate.report.replay_shape import ModelShape, check_trace
+from specgate.report.replay_steps import BodyGraphs, Captured, OneByOne, Steps
 from specgate.report.replay_store import RandomBlocks, Stores
 from specgate.report.replay_trace import all_events, make_plans
 from specgate.report.spans import Span, hidden, total, transfers, write_chrome
@@ -100,6 +102,11 @@ class Replay:
         known = asdict(settings) | {"resume": None, "trace": trace, "shape": shape.describe()}
         self.partial = Partial(folder, known, settings.resume)
         self.energy = EnergyCounter(self.device)
+
+    @property
+    def captures(self) -> bool:
+        """Whether layers are launched as graphs."""
+        return self.settings.graphs and self.settings.ahead and self.device.type == "cuda"
 
     def _least(self, name: str) -> float:
         """The threshold of a variant that names none."""
@@ -183,6 +190,7 @@ class Replay:
             name: getattr(self.settings, name) for name in (*kept, "threshold", "lookahead", "prefetch_mib")
         } | {
             "device": str(self.device),
+            "graphs": self.captures,
             "predictor": self.script.predictor,
             "slot_bytes": layout.slot_bytes,
             "block_bytes": layout.block_bytes,
@@ -197,6 +205,7 @@ class Replay:
             bar = stack.enter_context(progress(self.console))
             making = bar.add_task("making random experts", total=self.shape.layers * self.shape.experts)
             body = Body(self.shape, self.device, self.settings.dense, self.settings.head, self.settings.seed)
+            graphs = self._graphs(body)
             blocks = RandomBlocks(self.shape, self.settings.codec, self.settings.seed)
             stores = stack.enter_context(
                 Stores(
@@ -208,10 +217,19 @@ class Replay:
             for turn, entry in todo:
                 bar.update(task, description=f"{entry.key}, round {turn + 1}")
                 watched = turn == self.settings.repeats
-                self.partial.add(f"{turn}:{entry.key}", self.measure(entry, stores, body, watched))
+                self.partial.add(f"{turn}:{entry.key}", self.measure(entry, stores, body, watched, graphs))
                 bar.advance(task)
 
-    def measure(self, entry: Entry, stores: Stores, body: Body, watched: bool) -> dict[str, Any]:
+    def _graphs(self, body: Body) -> BodyGraphs | None:
+        """The body as graphs, if that is how it runs."""
+        if not self.captures:
+            return None
+        rows = self.shape.layers * max(len(document) for document in self.documents)
+        return BodyGraphs(body, self.shape.layers, self.shape.top_k, rows)
+
+    def measure(
+        self, entry: Entry, stores: Stores, body: Body, watched: bool, graphs: BodyGraphs | None = None
+    ) -> dict[str, Any]:
         """One entry: a new store, the warm-up documents, the others."""
         kind = entry.kind
         settings = store_settings(self.settings, kind.eviction, 1 << 20 if watched else 0)
@@ -225,8 +243,13 @@ class Replay:
             arenas = {name: store.arena(name) for name in self.shape.pieces}
             experts = SlotExperts(self.shape, arenas, self.settings.kernels)
             everything = kind.slots == "all"
-            runner = Runner(body, experts, store, entry.plan(), everything, self.settings.ahead)
-            body.restart()
+            steps: Steps
+            if graphs is None:
+                body.restart()
+                steps = OneByOne(body, experts, self.settings.ahead)
+            else:
+                steps = Captured(graphs, experts, everything)
+            runner = Runner(steps, store, self.shape.torch_dtype, entry.plan(), everything)
             if entry.slots >= blocks and kind.slots == "residency":
                 store.warm()
             for document in warm:
@@ -248,7 +271,7 @@ class Replay:
             }
             if probe is not None:
                 found["watched"] = self._watched(entry, store.timeline(), probe, sum(seconds))
-            del experts, runner, arenas
+            del experts, steps, runner, arenas
         return found
 
     def _watched(

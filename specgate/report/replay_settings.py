@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from specgate.errors import BudgetError, ConfigError
-from specgate.report.replay_run import KERNELS
+from specgate.report.replay_body import KERNELS
 from specgate.report.replay_shape import ModelShape
 from specgate.report.replay_store import TIERS
 from specgate.runtime.store import StoreSettings
@@ -101,6 +101,8 @@ class ReplaySettings:
         kernels: ``batched_mm`` or ``grouped_mm``.
         ahead: on a GPU, whether slots go over without the host waiting for the copies, as in
             ``specgate.offload``, so that kernels are launched meanwhile.
+        graphs: on a GPU and with ``ahead``, each layer's operations are captured once as CUDA graphs, as
+            engines do, so that the host launches two a layer instead of some twenty operations.
         price_scale: factor on the price of the link, for ``priced``. price_floor: the least such price.
         trust: whether ``priced`` corrects probabilities by how often earlier ones came true.
         depth: calls ahead that ``priced`` fetches for; what is foreseen beyond them guides eviction alone, 0
@@ -129,6 +131,7 @@ class ReplaySettings:
     head: bool = True
     kernels: str = "batched_mm"
     ahead: bool = True
+    graphs: bool = True
     prefetch_mib: int = 64
     price_scale: float = 0.5
     price_floor: float = 0.2

@@ -11,7 +11,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +178,12 @@ def validate(
             f"{script_file} is of another trace than the run; name the script that it replayed."
         )
     script = script.part(settings.warmup + settings.documents, settings.tokens)
-    parts = profile_costs(shape, settings, str(first["replay"]["device"]))
+    device = str(first["replay"]["device"])
+    parts = profile_costs(shape, settings, device, bool(first["replay"].get("graphs")))
     cases, blocks = RowCases(settings, script, shape.experts), shape.layers * shape.experts
     handovers = HandOvers(settings, script, shape, first["hardware"], handover_us)
+    if (event := handovers.event(device)) is not None:
+        parts = (replace(parts[0], event_us=event["us"]), *parts[1:])
     rows, skipped = [], []
     for number, record in enumerate(records):
         for row in record["rows"]:
@@ -214,6 +217,7 @@ def validate(
         "replayed_on": first["hardware"],
         "profile": {k: v for k, v in hardware.describe().items() if k != "readings"},
         "handover": handovers.how,
+        "event": event,
         "rows": rows,
         "summary": {way: summary_of(rows, way) for way in ("profile", "rows")},
         "skipped": skipped,

@@ -19,13 +19,15 @@ from specgate.policy.hardware import Hardware
 from specgate.policy.operations import operations_of
 from specgate.policy.roofline import RUNTIMES, ModelSizes, Runtime, costs_of
 from specgate.policy.workload import Workload
-from specgate.report.replay_run import SlotExperts
+from specgate.report.replay_body import SlotExperts
 from specgate.report.replay_settings import ReplaySettings
 from specgate.report.replay_shape import ModelShape
 from specgate.runtime.store import StoreSettings
 
-#: Operations of :class:`specgate.report.replay_run.Body` that are not views; a test counts them.
+#: Operations of :class:`specgate.report.replay_body.Body` that are not views; a test counts them.
 ATTEND_OPERATIONS, ADD_OPERATIONS, FINISH_OPERATIONS = 3, 2, 3
+#: As graphs: what keeps tensors in their places, and finds an event's weights.
+KEPT_OPERATIONS, ROW_OPERATIONS = 1, 3
 Row = Mapping[str, Any]
 
 
@@ -58,9 +60,9 @@ def expert_operations(shape: ModelShape, kernels: str) -> int:
         return operations_of(lambda: experts(hidden_1D, slots_1K, weights_1K))
 
 
-def runtime_of(shape: ModelShape, settings: ReplaySettings) -> Runtime:
-    """How mode=replay launches this shape."""
-    return replace(
+def runtime_of(shape: ModelShape, settings: ReplaySettings, graphs: bool = False) -> Runtime:
+    """How mode=replay launches this shape; ``graphs``: whether as CUDA graphs."""
+    runtime = replace(
         RUNTIMES["replay"],
         dense_launches=ADD_OPERATIONS + (ATTEND_OPERATIONS if settings.dense else 0),
         expert_launches=expert_operations(shape, settings.kernels),
@@ -68,16 +70,26 @@ def runtime_of(shape: ModelShape, settings: ReplaySettings) -> Runtime:
         gathers=settings.kernels == "batched_mm",
         ahead=settings.ahead,
     )
+    if not graphs:
+        return runtime
+    attend = ATTEND_OPERATIONS + KEPT_OPERATIONS if settings.dense else KEPT_OPERATIONS
+    return replace(
+        runtime,
+        dense_launches=attend,
+        expert_launches=runtime.expert_launches + ADD_OPERATIONS + KEPT_OPERATIONS + ROW_OPERATIONS,
+        graphs=True,
+    )
 
 
-def profile_costs(
-    shape: ModelShape, settings: ReplaySettings, device: str
-) -> tuple[Runtime, ModelSizes, int | None, int]:
+Parts = tuple[Runtime, ModelSizes, int | None, int]
+
+
+def profile_costs(shape: ModelShape, settings: ReplaySettings, device: str, graphs: bool = False) -> Parts:
     """What :func:`costs_by_profile` needs of a replay: runtime, sizes, bytes of a block, of a piece."""
     sizes = sizes_of_replay(shape, settings)
     block = shape.layout(settings.codec).block_bytes
     pieces = StoreSettings().piece_bytes if device.startswith("cuda") else 0
-    return runtime_of(shape, settings), sizes, None if block == sizes.slot_bytes else block, pieces
+    return runtime_of(shape, settings, graphs), sizes, None if block == sizes.slot_bytes else block, pieces
 
 
 def known_after_us(runtime: Runtime, hardware: Hardware, costs: Costs, handover_us: float) -> float:
@@ -88,12 +100,14 @@ def known_after_us(runtime: Runtime, hardware: Hardware, costs: Costs, handover_
     added = ADD_OPERATIONS * hardware.operation_ns * 1e-3
     if not hardware.ahead:
         return float(costs.exec_ns_N.mean()) * 1e-3 + added + handover_us
+    if runtime.graphs and hardware.graph_us is not None:
+        return (hardware.write_us or 0.0) + hardware.graph_us + handover_us
     sent = hardware.send_us if runtime.ahead and hardware.send_us is not None else hardware.upload_us
     return (sent or 0.0) + runtime.expert_launches * hardware.operation_ns * 1e-3 + added + handover_us
 
 
 def costs_by_profile(
-    parts: tuple[Runtime, ModelSizes, int | None, int],
+    parts: Parts,
     hardware: Hardware,
     workload: Workload,
     handover_us: float = 0.0,

@@ -1,9 +1,10 @@
-"""What it costs a replay's computing thread to hand forecasts to the store: read on the machine at hand.
+"""What the store costs a replay's computing thread: handing forecasts over, the calls around an event.
 
 The store judges forecasts by a thread of its own; the replay's thread selects the next ones, moves their
 deadlines and calls :meth:`specgate.runtime.store.ExpertStore.foresee`, per layer and before each token.
-That is time in which it launches no kernel. It is read with the very forecasts of a row and a store in memory
-of as many slots and experts, which are small.
+That, and the calls around each event, is time in which it launches no kernel. Both are read on the machine at
+hand; handing over with the very forecasts of a row and a store in memory of as many slots and experts, which
+are small.
 
 Letters: L MoE layers, E experts.
 """
@@ -78,6 +79,39 @@ class HandOvers:
             return {"us": us, "low": us, "high": us}
         found = read_handover(self.settings, self.script, self.shape, row["variant"], int(row["slots"]))
         return {"us": found.ns * 1e-3, "low": found.low * 1e-3, "high": found.high * 1e-3}
+
+    def event(self, device: str) -> dict[str, float] | None:
+        """Microseconds of the store's calls around an event whose experts are all there (``us``, ``low``,
+        ``high``); None: this is not the replay's machine.
+        """
+        if self.how != READ:
+            return None
+        found = read_event(self.shape, device)
+        return {"us": found.ns * 1e-3, "low": found.low * 1e-3, "high": found.high * 1e-3}
+
+
+def read_event(shape: ModelShape, device: str, events: int = 2000, pace_ns: int = PACE_NS // 5) -> Reading:
+    """Nanoseconds of the computing thread for the store's calls around an event: the median of many.
+
+    Args:
+        device: of the store, whose experts are small and all there.
+        pace_ns: from one event to the next, at least.
+    """
+    size: dict[str, Any] = {"layout": SMALL, "layers": shape.layers, "experts": shape.experts}
+    chosen, taken = list(range(shape.top_k)), []
+    with ExpertStore(None, shape.layers * shape.experts, None, device, **size) as store:
+        store.warm()
+        for clock in range(events):
+            layer, begin = clock % shape.layers, time.perf_counter_ns()
+            store.advance(clock + 1)
+            store.acquire(layer, chosen)
+            store.release(layer, chosen)
+            done = time.perf_counter_ns()
+            taken.append(done - begin)
+            while time.perf_counter_ns() - begin < pace_ns:  # as busy as a thread that launches kernels
+                pass
+    taken.sort()
+    return Reading(statistics.median(taken), taken[len(taken) // 10], taken[-1 - len(taken) // 10])
 
 
 def is_machine(replayed_on: Mapping[str, Any]) -> bool:

@@ -31,7 +31,18 @@ CAPTION = (
 )
 WAYS = {"profile": "by the profile", "rows": "by its own rows"}
 BAND = 0.10
-KEPT = ("mode", "shape", "replay", "replayed_on", "profile", "handover", "rows", "summary", "skipped")
+KEPT = (
+    "mode",
+    "shape",
+    "replay",
+    "replayed_on",
+    "profile",
+    "handover",
+    "event",
+    "rows",
+    "summary",
+    "skipped",
+)
 FIGURES = (
     ("the link {:.3g} GB/s", "link_gb_per_s"),
     ("{:.3g} us for a copy besides", "link_latency_us"),

@@ -264,3 +264,27 @@ def test_waiting_is_never_faster(
         assert (ends.bound_pre_N <= ends.pre_N + 1e-9).all()
         assert (ends.bound_exec_N <= ends.exec_N + 1e-9).all()
     assert (waits.pre_N + waits.exec_N).sum() >= (free.pre_N + free.exec_N).sum() - 1e-6
+
+
+def test_graphs_are_one_launch_each_and_their_operations_take_the_device_a_little() -> None:
+    """3 us to launch a graph, 2 to send slots, 7 for the answer; 9 operations of 0.1 us before a router."""
+    known = {
+        "send_us": 5,
+        "graph_us": 3,
+        "node_us": 0.1,
+        "write_us": 2,
+        "answer_us": 7,
+        "graph_slowdown": 0.5,
+    }
+    runtime = Runtime("slow", 10, 4, 5, False, 3.0, waits=True, ahead=True, graphs=True)
+    one, whole = measured(**known), one_token()
+    found, plain = (roofline(sizes(), whole, m, runtime=runtime) for m in (one, measured(send_us=5)))
+    bare = roofline(sizes(), whole, machine(), runtime=RUNTIMES["fused"])
+    assert found.launch_ns_N is not None
+    # the answer, the next stretch's graph or the device's work, sending, the experts' graph
+    device = 3_000 + bare.pre_ns_N[1] + 900
+    assert found.launch_ns_N[1] == pytest.approx(7_000 + device + 2_000 + 3_000)
+    assert found.exec_ns_N.tolist() == pytest.approx((bare.exec_ns_N + 2 * 100 + 2_000 + 3_000).tolist())
+    assert plain.launch_ns_N is not None
+    assert plain.launch_ns_N[1] == 10_000 + 10_000 + 5_000 + 4_000, "a profile that says nothing of graphs"
+    assert costs_of(sizes(), whole, one, runtime=runtime).link_slowdown == 0.5

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from specgate.report.modes import run_mode
 from specgate.report.publish import publish
 from specgate.report.record import Run, read_record, write_json
 from specgate.report.replay import Replay, replay
-from specgate.report.replay_run import Body, Runner, SlotExperts
+from specgate.report.replay_body import Body, SlotExperts
+from specgate.report.replay_run import Runner
 from specgate.report.replay_settings import VARIANTS, ReplaySettings
 from specgate.report.replay_shape import ModelShape
+from specgate.report.replay_steps import BodyGraphs, Captured, OneByOne, Steps
 from specgate.report.replay_store import RandomBlocks, Stores
 from specgate.report.replay_trace import Document, load_documents, make_plans
 from specgate.report.results import make
@@ -103,20 +106,24 @@ def test_all_variants_compute_what_the_model_computes(
     (document,) = load_documents(data_of(trace), "test", 1, 4, load_predictor(checkpoint))
     make_plans([document], 2, {"forecast": 0.2})
     body = Body(made, place, head=False)
+    graphs = BodyGraphs(body, L, K, L * len(document))
     digests, hidden = set(), {}
     with Stores(blocks, place) as stores:
-        for name, kind in VARIANTS.items():
+        for (name, kind), captured in product(VARIANTS.items(), (False, True)):
             slots = {"event": K, "all": L * E}.get(kind.slots, 5)
             with stores.open(slots, StoreSettings(eviction=kind.eviction, poison=True)) as store:
                 if kind.eviction == "belady":
                     store.set_future(document.events())
                 kernels = SlotExperts(made, {n: store.arena(n) for n in made.pieces})
+                everything, ahead = kind.slots == "all", kind.eviction != "lru"  # the values are the same
                 body.restart()
-                ahead = kind.eviction != "lru"  # both ways, and the values are the same
-                Runner(body, kernels, store, kind.foresight, kind.slots == "all", ahead).run(document)
+                steps: Steps = OneByOne(body, kernels, ahead)
+                if captured:
+                    steps = Captured(graphs, kernels, everything)
+                Runner(steps, store, made.torch_dtype, kind.foresight, everything).run(document)
                 digests.add(body.digest())
                 hidden[name] = body.hidden_1D[0].cpu()
-                del kernels
+                del kernels, steps
     assert len(digests) == 1
     on_cpu = Body(made, place, head=False)
     on_cpu.dense_LMD, on_cpu._start_1D = [m.cpu() for m in body.dense_LMD], body._start_1D.cpu()

@@ -17,9 +17,10 @@ from specgate.policy.roofline import RUNTIMES
 from specgate.report import validate as command
 from specgate.report.modes import run_mode
 from specgate.report.record import Run, read_record, write_json
-from specgate.report.replay_run import Body, SlotExperts
+from specgate.report.replay_body import Body, SlotExperts
 from specgate.report.replay_settings import VARIANTS, ReplaySettings
 from specgate.report.replay_shape import ModelShape
+from specgate.report.replay_steps import BodyGraphs, Captured
 from specgate.report.results import make
 from specgate.report.validate import main, order_kept, summary_of, validate
 from specgate.report.validate_costs import (
@@ -206,6 +207,19 @@ def test_operations_of_the_replay_are_those_that_are_counted(config: dict[str, A
         assert operations_of(body.finish) == FINISH_OPERATIONS
         mine = operations_of(lambda: experts(body.hidden_1D, slots_1K, weights_1K))
     assert expert_operations(shape, "batched_mm") == mine
+
+
+@pytest.mark.parametrize("config", [CONFIG, GPT_OSS], ids=["olmoe", "gpt_oss"])
+def test_operations_of_graphs_are_those_that_are_counted(config: dict[str, Any]) -> None:
+    shape, body = body_of(config)
+    arenas = {name: torch.zeros(4, *size) for name, size in shape.pieces.items()}
+    runtime = runtime_of(shape, ReplaySettings(), graphs=True)
+    graphs = BodyGraphs(body, shape.layers, shape.top_k, shape.layers)
+    captured = Captured(graphs, SlotExperts(shape, arenas))
+    with torch.inference_mode():
+        assert operations_of(lambda: captured.attend(0, 0)) == runtime.dense_launches
+        assert operations_of(lambda: captured.experts(0, 0)) == runtime.expert_launches
+    assert runtime.graphs
 
 
 def test_the_runtime_of_gpt_oss_is_the_known_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from specgate.report.record import hardware
 from specgate.report.replay_script import Script, make_script
 from specgate.report.replay_settings import VARIANTS, ReplaySettings, store_settings
 from specgate.report.validate_costs import ADD_OPERATIONS, costs_by_profile, known_after_us
-from specgate.report.validate_handover import HandOvers, is_machine, read_handover
+from specgate.report.validate_handover import HandOvers, is_machine, read_event, read_handover
 from specgate.report.validate_page import lines_of
 from specgate.runtime import native
 from specgate.runtime.store import ExpertStore
@@ -126,6 +127,29 @@ def test_a_time_that_is_none_is_refused(script: Script, value: float) -> None:
         HandOvers(settings_of(), script, shape(), hardware(), value)
 
 
+def test_the_calls_around_an_event_are_read(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = read_event(shape(), "cpu", 100, FAST)
+    assert 0 < quiet.low <= quiet.ns <= quiet.high
+    whole: Callable[..., list[int]] = ExpertStore.acquire
+
+    def acquire(self: ExpertStore, layer: int, experts: list[int]) -> list[int]:
+        time.sleep(0.002)
+        return whole(self, layer, experts)
+
+    monkeypatch.setattr(ExpertStore, "acquire", acquire)
+    assert 2e6 <= read_event(shape(), "cpu", 20, FAST).ns < 8e6
+    here = HandOvers(settings_of(), script, shape(), hardware()).event("cpu")
+    assert here is not None
+    assert 2e3 <= here["us"] < 8e3
+    there = HandOvers(settings_of(), script, shape(), hardware() | {"cpu": "another"})
+    assert there.event("cpu") is None
+
+
+@pytest.mark.gpu
+def test_the_calls_around_an_event_are_read_on_a_gpu() -> None:
+    assert 0 < read_event(shape(), "cuda", 200, FAST).ns < 5e6
+
+
 # ---------------------------------------------------------------------- what follows
 
 
@@ -138,6 +162,10 @@ def test_when_a_forecast_is_known() -> None:
     assert costs_by_profile(parts, sends, one_token(), 3.0).forecast_ns == 1e3 * (7 + launched + 3)
     waits = costs_by_profile(parts, machine(**own), one_token())
     assert waits.forecast_ns == 1e3 * (20 + launched)
+    graphs = (replace(RUNTIMES["replay"], graphs=True), sizes(), None, 0)
+    known = {"graph_us": 9, "node_us": 0.1, "write_us": 4, "answer_us": 6}
+    captured = machine(**own, send_us=7, **known)
+    assert costs_by_profile(graphs, captured, one_token(), 3.0).forecast_ns == 1e3 * (4 + 9 + 3)
     processor = machine(**own, ahead=False)
     costs = costs_by_profile(parts, processor, one_token(), 3.0)
     assert costs.forecast_ns == pytest.approx(costs.exec_ns_N.mean() + 1e3 * (ADD_OPERATIONS * 5 + 3))

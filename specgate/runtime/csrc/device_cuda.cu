@@ -26,7 +26,9 @@ namespace {
 constexpr size_t kStagingParts = 4;   // encoded blocks on the device that wait for their decoding, per stream
 constexpr size_t kReleaseEvents = 512;
 constexpr size_t kPieceEvents = 64;
-constexpr size_t kPiecesAhead = 5;    // that the link has to do at a time: some 0.2 ms, longer than a thread takes to wake
+// Pieces that the link has to do at a time: at 2 MiB and 50 GB/s each is some 40 us. A thread that wakes late needs more of
+// them, and a demand waits behind them all.
+constexpr size_t kLeastAhead = 3, kMostAhead = 10, kCalmWakes = 256;
 
 struct Lane {
   cudaStream_t stream = nullptr;
@@ -278,19 +280,25 @@ class CudaDevice final : public Device {
     const Current current(ordinal_);
     Lane& lane = lanes_[1];
     std::deque<std::pair<cudaEvent_t, size_t>> ahead;  // pieces on their way
-    size_t bytes_ahead = 0, next_event = 0;
+    size_t bytes_ahead = 0, next_event = 0, reach = kLeastAhead + 1, calm = 0;
     std::unique_lock lock(mutex_);
     for (;;) {
       auto copy = waiting_.end();
       feed_.wait(lock, [&] { return (copy = next_copy()) != waiting_.end() || (stopping_ && waiting_.empty()); });
       if (copy == waiting_.end()) return;
       const size_t bytes = std::min(piece_bytes_, copy->request.format->block_bytes - copy->copied);
-      if (!ahead.empty() && (bytes_ahead + bytes > kPiecesAhead * piece_bytes_ || ahead.size() == kPieceEvents)) {
+      if (!ahead.empty() && (bytes_ahead + bytes > reach * piece_bytes_ || ahead.size() == kPieceEvents)) {
         const auto [event, oldest] = ahead.front();
         ahead.pop_front();
         bytes_ahead -= oldest;
         lock.unlock();
         cudaEventSynchronize(event);  // a failure shows in the block's own event
+        if (!ahead.empty() && cudaEventQuery(ahead.back().first) == cudaSuccess) {  // woke too late: the link was idle
+          reach = std::min(reach + 1, kMostAhead), calm = 0;
+        } else if (++calm == kCalmWakes) {
+          reach = std::max(reach - 1, kLeastAhead), calm = 0;
+        }
+        cudaGetLastError();  // that it is not done yet counts as an error
         lock.lock();
         continue;  // who goes first may have changed
       }
