@@ -37,6 +37,9 @@ class SmallLayer:
     Args:
         device: where it runs.
         size: D and I.
+
+    Attributes:
+        hidden_1D: what the next call begins with.
     """
 
     def __init__(self, device: torch.device, size: int = 16) -> None:
@@ -55,21 +58,21 @@ class SmallLayer:
         self._table_LK = torch.zeros(8, K, dtype=torch.int64, device=device)
         self._slots_1K = torch.zeros(1, K, dtype=torch.int64, device=device)
         self._weights_1K = torch.zeros(1, K, device=device)
-        self._hidden_1D = torch.zeros(1, size, device=device)
+        self.hidden_1D = torch.zeros(1, size, device=device)
         self._dense_MD = torch.zeros(2 * size, size, device=device)
 
     def _add(self, out_1D: Tensor) -> None:
-        self._hidden_1D = F.rms_norm(self._hidden_1D + out_1D, self._hidden_1D.shape[1:])
+        self.hidden_1D = F.rms_norm(self.hidden_1D + out_1D, self.hidden_1D.shape[1:])
 
     def dense(self) -> None:
         """A matrix, and the sums and norms around it and the experts."""
-        self._add(F.linear(self._hidden_1D, self._dense_MD)[:, : self._hidden_1D.shape[1]])
-        self._add(self._hidden_1D)
+        self._add(F.linear(self.hidden_1D, self._dense_MD)[:, : self.hidden_1D.shape[1]])
+        self._add(self.hidden_1D)
 
     def experts(self, slots_1K: Tensor | None = None) -> Tensor:
         """Experts by index."""
         chosen_1K = self._slots_1K if slots_1K is None else slots_1K
-        out: Tensor = self._experts(self._hidden_1D, chosen_1K, self._weights_1K)
+        out: Tensor = self._experts(self.hidden_1D, chosen_1K, self._weights_1K)
         return out
 
     def read_back(self) -> list[int]:

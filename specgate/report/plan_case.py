@@ -215,7 +215,7 @@ def timing(
     """
     work = case.together(case.documents)
     runtime = RUNTIMES[settings.runtime]
-    pieces = StoreSettings().piece_bytes
+    pieces = StoreSettings().chunk_bytes
 
     def costs(of: Workload) -> Costs:
         return costs_of(

@@ -148,6 +148,9 @@ class Captured:
 
     def __init__(self, graphs: BodyGraphs, experts: SlotExperts, resident: bool = False) -> None:
         self._graphs, self._experts, self._resident = graphs, experts, resident
+        with torch.inference_mode():  # another store's slots may be too many for this one
+            graphs.slots_1K.zero_()
+            graphs.slots_RK.zero_()
         self._run = graphs.capture(self._layer)
         graphs.restart()
 

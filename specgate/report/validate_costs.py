@@ -88,7 +88,7 @@ def profile_costs(shape: ModelShape, settings: ReplaySettings, device: str, grap
     """What :func:`costs_by_profile` needs of a replay: runtime, sizes, bytes of a block, of a piece."""
     sizes = sizes_of_replay(shape, settings)
     block = shape.layout(settings.codec).block_bytes
-    pieces = StoreSettings().piece_bytes if device.startswith("cuda") else 0
+    pieces = StoreSettings().chunk_bytes if device.startswith("cuda") else 0
     return runtime_of(shape, settings, graphs), sizes, None if block == sizes.slot_bytes else block, pieces
 
 

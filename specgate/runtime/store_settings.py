@@ -13,6 +13,9 @@ PAGE = 4096
 SPARED = 0.5  # of free memory, left to others when host_bytes is not given
 
 
+PIECES_AHEAD = 3  # of forecasts' copies on their way to a GPU at a time (csrc/device_cuda.cu)
+
+
 @dataclass(frozen=True)
 class StoreSettings:
     """How the store moves bytes.
@@ -51,7 +54,7 @@ class StoreSettings:
     max_reads: int = 8
     prefetch_copy_bytes: int = 64 << 20
     prefetch_read_bytes: int = 64 << 20
-    piece_bytes: int = 2 << 20
+    piece_bytes: int = 4 << 20
     price_scale: float | None = None
     price_floor: float = 0.0
     prefetch_depth: int = 0
@@ -64,6 +67,13 @@ class StoreSettings:
     timeline: int = 100_000
     poison: bool = False
     faults: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Where a forecast's copy to a GPU can be stopped, for a simulation: a demanded expert finds up to
+        PIECES_AHEAD pieces before it, on average as much as if copies could be stopped at multiples of this.
+        """
+        return (2 * PIECES_AHEAD - 1) * self.piece_bytes
 
 
 def host_slots_that_fit(block_bytes: int, blocks: int, host_bytes: int | None) -> int:

@@ -232,7 +232,7 @@ void bind_store(nb::module_& m) {
           "half_life"_a = 64.0, "device"_a = -1, "poison"_a = false, "timeline"_a = 0, "workers"_a = 2,
           "reader"_a = "auto", "direct"_a = true, "depth"_a = 32, "threads"_a = 4,
           "faults"_a = std::vector<FaultTuple>{}, "in_memory"_a = false,
-          "memory"_a = std::vector<uintptr_t>{}, "piece_bytes"_a = int64_t{2} << 20, "price_scale"_a = -1.0, "price_floor"_a = 0.0,
+          "memory"_a = std::vector<uintptr_t>{}, "piece_bytes"_a = int64_t{4} << 20, "price_scale"_a = -1.0, "price_floor"_a = 0.0,
           "prefetch_depth"_a = 0, "trust"_a = false)
       .def("acquire", &acquire, "blocks"_a, "stream"_a = 0)
       .def("release", &Store::release, "blocks"_a, "stream"_a = 0, nb::call_guard<nb::gil_scoped_release>())

@@ -26,14 +26,29 @@ namespace {
 constexpr size_t kStagingParts = 4;   // encoded blocks on the device that wait for their decoding, per stream
 constexpr size_t kReleaseEvents = 512;
 constexpr size_t kPieceEvents = 64;
-// Pieces that the link has to do at a time: at 2 MiB and 50 GB/s each is some 40 us. A thread that wakes late needs more of
+constexpr size_t kMarks = 1024;
+// Pieces that the link has to do at a time: at 4 MiB and 50 GB/s each is some 80 us. A thread that wakes late needs more of
 // them, and a demand waits behind them all.
-constexpr size_t kLeastAhead = 3, kMostAhead = 10, kCalmWakes = 256;
+constexpr size_t kLeastAhead = 3, kMostAhead = 6, kCalmWakes = 256;
+
+/// An event in a lane's stream: once it is done, so are the lane's first `covers` copies.
+struct Mark {
+  uint64_t covers;
+  cudaEvent_t event;
+};
 
 struct Lane {
   cudaStream_t stream = nullptr;
   std::vector<std::byte*> staging;
   size_t staging_bytes = 0, next = 0;
+  uint64_t issued = 0;     ///< copies that are wholly in the stream
+  std::deque<Mark> marks;  ///< in order; the oldest are used again
+};
+
+/// Which of a lane's copies filled a slot last; 0: none.
+struct Filled {
+  int lane = 0;
+  uint64_t number = 0;
 };
 
 /// A copy of a forecast block, part of which may be on its way.
@@ -46,15 +61,12 @@ struct Piecewise {
 class CudaDevice final : public Device {
  public:
   CudaDevice(int ordinal, int64_t slots, size_t piece_bytes)
-      : ordinal_(ordinal), piece_bytes_(piece_bytes), ready_(slots), last_use_(slots, -1) {
+      : ordinal_(ordinal), piece_bytes_(piece_bytes), filled_(slots), last_use_(slots, -1) {
     const Current current(ordinal_);
     int least = 0, greatest = 0;
     require(cudaDeviceGetStreamPriorityRange(&least, &greatest), "asking for stream priorities");
     require(cudaStreamCreateWithPriority(&lanes_[0].stream, cudaStreamNonBlocking, greatest), "making a stream");
     require(cudaStreamCreateWithPriority(&lanes_[1].stream, cudaStreamNonBlocking, least), "making a stream");
-    for (cudaEvent_t& event : ready_) {
-      require(cudaEventCreateWithFlags(&event, cudaEventDisableTiming | cudaEventBlockingSync), "making an event");
-    }
     released_.resize(kReleaseEvents);
     for (cudaEvent_t& event : released_) {
       require(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
@@ -73,8 +85,8 @@ class CudaDevice final : public Device {
     for (Lane& lane : lanes_) {
       for (std::byte* part : lane.staging) cudaFree(part);
       cudaStreamDestroy(lane.stream);
+      for (const Mark& mark : lane.marks) cudaEventDestroy(mark.event);
     }
-    for (cudaEvent_t event : ready_) cudaEventDestroy(event);
     for (cudaEvent_t event : released_) cudaEventDestroy(event);
     for (cudaEvent_t event : piece_events_) cudaEventDestroy(event);
   }
@@ -137,9 +149,9 @@ class CudaDevice final : public Device {
       if (whole) {
         const int lane = static_cast<int>(request.level);
         Piecewise copy{std::move(request)};
-        const cudaError_t status = issue(copy, lanes_[lane], copy.request.format->block_bytes);
+        const cudaError_t status = issue(copy, lane, copy.request.format->block_bytes);
         if (lane == 0) ++demands_;
-        flying_[lane].push_back({std::move(copy.request), status});
+        flying_[lane].push_back({std::move(copy.request), status, lanes_[lane].issued});
         changed_[lane].notify_one();
       } else {
         waiting_.push_back({std::move(request)});
@@ -155,8 +167,8 @@ class CudaDevice final : public Device {
     const auto copy = std::find_if(waiting_.begin(), waiting_.end(),
                                    [&](const Piecewise& one) { return one.request.slot_key == slot_key; });
     if (copy == waiting_.end()) return false;
-    const cudaError_t status = issue(*copy, lanes_[1], copy->request.format->block_bytes - copy->copied);
-    Flying flying{std::move(copy->request), status};
+    const cudaError_t status = issue(*copy, 1, copy->request.format->block_bytes - copy->copied);
+    Flying flying{std::move(copy->request), status, lanes_[1].issued};
     waiting_.erase(copy);
     flying_[1].push_back(std::move(flying));
     changed_[1].notify_one();
@@ -167,8 +179,13 @@ class CudaDevice final : public Device {
   void await(const std::vector<int64_t>& slot_keys, uintptr_t stream) override {
     const Current current(ordinal_);
     const auto lock = spin_lock(mutex_, callers_);
-    for (const int64_t key : slot_keys) {
-      require(cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(stream), ready_[key], 0), "waiting for a copy");
+    uint64_t last[2] = {0, 0};
+    for (const int64_t key : slot_keys) last[filled_[key].lane] = std::max(last[filled_[key].lane], filled_[key].number);
+    for (int lane = 0; lane < 2; ++lane) {
+      if (last[lane] == 0) continue;
+      cudaEvent_t event = nullptr;
+      require(event_of(lanes_[lane], last[lane], &event), "recording an event");
+      require(cudaStreamWaitEvent(reinterpret_cast<cudaStream_t>(stream), event, 0), "waiting for a copy");
     }
   }
 
@@ -204,7 +221,37 @@ class CudaDevice final : public Device {
   struct Flying {
     CopyRequest request;
     cudaError_t status;
+    uint64_t number;  ///< of the lane's copies
   };
+
+  /// An event that is done once the lane's first `number` copies are: an earlier one if there is one, else all that is
+  /// in the stream by now. So the copies of a call, which somebody waits for at once, share one. (mutex_ is held)
+  static cudaError_t event_of(Lane& lane, uint64_t number, cudaEvent_t* event) {
+    if (!lane.marks.empty() && lane.marks.back().covers >= number) {
+      *event = std::lower_bound(lane.marks.begin(), lane.marks.end(), number, [](const Mark& mark, uint64_t wanted) {
+                 return mark.covers < wanted;
+               })->event;
+      return cudaSuccess;
+    }
+    return mark(lane, event);
+  }
+
+  /// A new event behind all that is in a lane's stream. (mutex_ is held)
+  static cudaError_t mark(Lane& lane, cudaEvent_t* event) {
+    cudaError_t status = cudaSuccess;
+    const bool fresh = lane.marks.size() < kMarks;
+    if (fresh) {
+      status = cudaEventCreateWithFlags(event, cudaEventDisableTiming | cudaEventBlockingSync);
+    } else {
+      *event = lane.marks.front().event;
+      status = cudaEventSynchronize(*event);  // long past: hardly ever waits
+    }
+    if (status == cudaSuccess) status = cudaEventRecord(*event, lane.stream);
+    if (status != cudaSuccess) return status;
+    if (!fresh) lane.marks.pop_front();
+    lane.marks.push_back({lane.issued, *event});
+    return status;
+  }
 
   /// The stream waits for the last kernels that used the slot. (mutex_ is held)
   void after_last_use(int64_t slot_key, cudaStream_t stream) {
@@ -245,8 +292,9 @@ class CudaDevice final : public Device {
     }
   }
 
-  /// Puts the next `bytes` of a copy into a stream, and behind the last ones its decoding and event. (mutex_ is held)
-  cudaError_t issue(Piecewise& copy, Lane& lane, size_t bytes) {
+  /// Puts the next `bytes` of a copy into a lane's stream, and behind the last ones its decoding. (mutex_ is held)
+  cudaError_t issue(Piecewise& copy, int number, size_t bytes) {
+    Lane& lane = lanes_[number];
     const CopyRequest& request = copy.request;
     const BlockFormat& format = *request.format;
     const bool plain = is_plain(format);
@@ -259,7 +307,7 @@ class CudaDevice final : public Device {
     copy.copied += bytes;
     if (copy.copied == format.block_bytes) {
       if (status == cudaSuccess && !plain) decode_block_cuda(format, copy.to, request.slot, lane.stream);
-      if (status == cudaSuccess) status = cudaEventRecord(ready_[request.slot_key], lane.stream);
+      filled_[request.slot_key] = {number, ++lane.issued};
     }
     if (status != cudaSuccess) cudaGetLastError();
     return status;
@@ -275,24 +323,48 @@ class CudaDevice final : public Device {
     return best;
   }
 
-  /// Hands pieces of forecast blocks to the second lane.
+  /// Hands pieces of forecast blocks to the second lane. Small blocks share an event.
   void feed() {
     const Current current(ordinal_);
     Lane& lane = lanes_[1];
-    std::deque<std::pair<cudaEvent_t, size_t>> ahead;  // pieces on their way
-    size_t bytes_ahead = 0, next_event = 0, reach = kLeastAhead + 1, calm = 0;
+    std::deque<std::pair<cudaEvent_t, size_t>> ahead;  // pieces on their way, and their bytes
+    std::vector<Flying> whole;                         // blocks of the pieces that have no event yet
+    size_t bytes_ahead = 0, since = 0, next_event = 0, reach = kLeastAhead + 1, calm = 0;
+    const auto close = [&] {  // (mutex_ is held)
+      if (since == 0) return;
+      cudaEvent_t event = piece_events_[next_event % kPieceEvents];
+      if (whole.empty()) {
+        ++next_event;
+        cudaEventRecord(event, lane.stream);  // a failure shows in the block's own event
+      } else {
+        const cudaError_t status = mark(lane, &event);
+        for (Flying& flying : whole) {
+          if (flying.status == cudaSuccess) flying.status = status;
+          flying_[1].push_back(std::move(flying));
+        }
+        whole.clear();
+        changed_[1].notify_one();
+      }
+      ahead.emplace_back(event, since);
+      bytes_ahead += since;
+      since = 0;
+    };
     std::unique_lock lock(mutex_);
     for (;;) {
-      auto copy = waiting_.end();
-      feed_.wait(lock, [&] { return (copy = next_copy()) != waiting_.end() || (stopping_ && waiting_.empty()); });
-      if (copy == waiting_.end()) return;
-      const size_t bytes = std::min(piece_bytes_, copy->request.format->block_bytes - copy->copied);
-      if (!ahead.empty() && (bytes_ahead + bytes > reach * piece_bytes_ || ahead.size() == kPieceEvents)) {
+      const auto copy = next_copy();
+      if (copy == waiting_.end()) {
+        close();
+        if (stopping_ && waiting_.empty()) return;
+        feed_.wait(lock, [&] { return next_copy() != waiting_.end() || (stopping_ && waiting_.empty()); });
+        continue;
+      }
+      const size_t block = copy->request.format->block_bytes, bytes = std::min(piece_bytes_, block - copy->copied);
+      if (!ahead.empty() && (bytes_ahead + since + bytes > reach * piece_bytes_ || ahead.size() == kPieceEvents)) {
         const auto [event, oldest] = ahead.front();
         ahead.pop_front();
         bytes_ahead -= oldest;
         lock.unlock();
-        cudaEventSynchronize(event);  // a failure shows in the block's own event
+        cudaEventSynchronize(event);
         if (!ahead.empty() && cudaEventQuery(ahead.back().first) == cudaSuccess) {  // woke too late: the link was idle
           reach = std::min(reach + 1, kMostAhead), calm = 0;
         } else if (++calm == kCalmWakes) {
@@ -302,19 +374,18 @@ class CudaDevice final : public Device {
         lock.lock();
         continue;  // who goes first may have changed
       }
-      cudaError_t status = issue(*copy, lane, bytes);
-      const cudaEvent_t event = piece_events_[next_event++ % kPieceEvents];
-      if (status == cudaSuccess) status = cudaEventRecord(event, lane.stream);
-      ahead.emplace_back(event, bytes);
-      bytes_ahead += bytes;
-      if (status == cudaSuccess && copy->copied < copy->request.format->block_bytes) continue;
-      Flying flying{std::move(copy->request), status};
-      waiting_.erase(copy);
-      lock.unlock();
-      flying.request.issued();
-      lock.lock();
-      flying_[1].push_back(std::move(flying));
-      changed_[1].notify_one();
+      const cudaError_t status = issue(*copy, 1, bytes);
+      since += bytes;
+      const bool last = status != cudaSuccess || copy->copied == block;
+      if (last) {
+        Flying flying{std::move(copy->request), status, lane.issued};
+        waiting_.erase(copy);
+        lock.unlock();
+        flying.request.issued();
+        lock.lock();
+        whole.push_back(std::move(flying));
+      }
+      if (since >= (last ? piece_bytes_ / 2 : piece_bytes_)) close();
     }
   }
 
@@ -327,9 +398,11 @@ class CudaDevice final : public Device {
       if (flying_[lane].empty()) return;
       Flying flying = std::move(flying_[lane].front());
       flying_[lane].pop_front();
-      lock.unlock();
       cudaError_t status = flying.status;
-      if (status == cudaSuccess) status = cudaEventSynchronize(ready_[flying.request.slot_key]);
+      cudaEvent_t event = nullptr;
+      if (status == cudaSuccess) status = event_of(lanes_[lane], flying.number, &event);
+      lock.unlock();
+      if (status == cudaSuccess) status = cudaEventSynchronize(event);
       const bool good = status == cudaSuccess;
       flying.request.done(good ? JobStatus::Ok : JobStatus::Failed,
                           good ? "" : std::string("a copy to the device failed: ") + cudaGetErrorString(status));
@@ -347,7 +420,7 @@ class CudaDevice final : public Device {
   std::condition_variable feed_;
   int64_t demands_ = 0;                // demand copies on their way
   cudaEvent_t piece_events_[kPieceEvents];
-  std::vector<cudaEvent_t> ready_;     // per slot: the copy into it
+  std::vector<Filled> filled_;         // per slot: the copy into it
   std::vector<cudaEvent_t> released_;  // ring: the ends of uses
   std::vector<int64_t> last_use_;      // per slot: number of the use, -1 none
   size_t next_release_ = 0;

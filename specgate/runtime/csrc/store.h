@@ -52,7 +52,7 @@ struct StoreConfig {
   double price_floor = 0.0;  ///< of that price, per ns of the copy
   int64_t prefetch_depth = 0;  ///< events ahead that a forecast is fetched for, beyond them it guides eviction (priced); 0: all
   bool trust = false;  ///< forecasts are believed as far as those before them came true
-  size_t piece_bytes = size_t{2} << 20;  ///< of a forecast's copy, between which a demand goes first; 0: whole
+  size_t piece_bytes = size_t{4} << 20;  ///< of a forecast's copy, between which a demand goes first; 0: whole
 };
 
 constexpr int64_t kNoDeadline = int64_t{1} << 62;  ///< of a block that is wanted whenever it can come
