@@ -31,6 +31,8 @@ class Costs:
         link_bytes_per_ns: from host memory to the device, once a copy runs.
         link_latency_ns: that every copy occupies the link besides (start; decoding, if the block is coded).
         link_chunk_bytes: a forecast's copy can be stopped for a demand at multiples of this; 0: never.
+        forecast_share: of link_bytes_per_ns, what a copy reaches that begins before an event waits for it,
+            since it can be stopped: above 0, up to 1.
         file_bytes_per_ns: from the file to host memory, once a read runs.
         file_latency_ns: that every read takes besides.
         event_ns: host work of every event (remapping of indices, acquire, release).
@@ -62,6 +64,7 @@ class Costs:
     exec_ns_N: Nanoseconds
     launch_ns_N: Nanoseconds | None = None
     link_slowdown: float = 0.0
+    forecast_share: float = 1.0
     host_pre_ns_N: Nanoseconds | None = None
     host_exec_ns_N: Nanoseconds | None = None
 
@@ -78,6 +81,11 @@ class Costs:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name}={value} is no time; write nanoseconds, 0 or more.")
+        if not 0 < self.forecast_share <= 1:
+            raise ConfigError(
+                f"forecast_share={self.forecast_share} is no share of the link's speed; write more than 0, "
+                "up to 1."
+            )
         if not (math.isfinite(self.link_slowdown) and self.link_slowdown >= 0):
             raise ConfigError(
                 f"link_slowdown={self.link_slowdown} slows nothing down; write 0 or more (0.12 is 12 %)."

@@ -33,11 +33,11 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     *("link_latency_us", "file_latency_us", "kernel_us", "reserved_gb"),
     *("operation_us", "readback_us", "upload_us", "send_us", "launch_slowdown"),
-    *("graph_us", "node_us", "write_us", "answer_us", "graph_slowdown"),
+    *("graph_us", "node_us", "gap_us", "write_us", "answer_us", "graph_slowdown"),
 )
 _UNKNOWN = (
     *("pageable_gb_per_s", "operation_us", "readback_us", "upload_us", "send_us", "gathered_gb_per_s"),
-    *("graph_us", "node_us", "write_us", "answer_us"),
+    *("graph_us", "node_us", "gap_us", "write_us", "answer_us"),
 )
 
 
@@ -65,9 +65,10 @@ class Hardware:
         launch_slowdown: by how much a layer's launches take longer while a copy to the device is under way,
             relative to them; 0: unknown, or none.
         graph_us: the host's time to launch a layer's experts, or its dense part, as one CUDA graph; None:
-            unknown, and then so are the next three. node_us: the device's for an operation that moves next to
-            nothing. write_us: the host's to send the slots of its experts over. answer_us: from the end of
-            what the device does until the host has read its router's choice.
+            unknown, and then so are the next four. node_us: the device's for an operation that moves next to
+            nothing. gap_us: the device's for a graph besides its operations. write_us: the host's to send the
+            slots of its experts over. answer_us: from the end of what the device does until the host has read
+            its router's choice.
         graph_slowdown: as launch_slowdown, for a layer of two graphs.
         gathered_gb_per_s: bandwidth at which experts are copied together and multiplied; None: unknown,
             memory's.
@@ -103,6 +104,7 @@ class Hardware:
     launch_slowdown: float = 0.0
     graph_us: float | None = None
     node_us: float | None = None
+    gap_us: float | None = None
     write_us: float | None = None
     answer_us: float | None = None
     graph_slowdown: float = 0.0
@@ -164,6 +166,13 @@ class Hardware:
     def link_bytes_per_ns(self) -> float:
         """A copy to the device; host memory, which it is read from, may be the slower one."""
         return min(self.link_gb_per_s, self.host_gb_per_s)
+
+    def share_in_pieces(self, piece_bytes: int) -> float:
+        """Of the link's speed, what a copy reaches that is handed over in pieces; 0: as a whole."""
+        if piece_bytes == 0:
+            return 1.0
+        moving = piece_bytes / self.link_bytes_per_ns
+        return moving / (moving + 1e3 * self.link_latency_us)
 
     def describe(self) -> dict[str, Any]:
         """Plain values for metrics.json."""

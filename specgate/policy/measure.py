@@ -58,6 +58,7 @@ _GRAPHS = {
     "answer": "graphs: the choice read back",
     "layer": "graphs: a layer",
     "node": "graphs: an operation on the device",
+    "gap": "graphs: the device besides operations",
 }
 
 

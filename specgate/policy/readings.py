@@ -30,6 +30,8 @@ MIB = 1 << 20
 #: A reading shorter than this is made of several calls.
 SHORTEST_S = 2e-3
 PAGE = 4096
+#: Copies are taken from as much memory in turn: experts come from many GB, not from a processor's caches.
+REGION_MIB = 2048
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def read_copies(
     """
     wait, rows = waiter(device), []
     for size in sizes:
-        count = max(2, min(64, 256 * MIB // size))
+        count = max(2, min(64, REGION_MIB * MIB // size))
         host = torch.ones(count, size, dtype=torch.uint8, pin_memory=pinned and device.type == "cuda")
         there = torch.zeros(size, dtype=torch.uint8, device=device)
         turn = iter(range(1 << 62))

@@ -203,7 +203,7 @@ def roofline(
     bandwidth, speed = hardware.memory_bytes_per_ns, hardware.operations_per_ns
     launch = _launch_ns(hardware, runtime)
     graphs = _graphs(hardware, runtime)
-    node = 1e3 * (hardware.node_us or 0.0) if graphs else 0.0
+    node, gap = (1e3 * (us or 0.0) if graphs else 0.0 for us in (hardware.node_us, hardware.gap_us))
     tokens_S = step_tokens(workload)
     caches_S = tokens_S if sequences is None else np.minimum(tokens_S, sequences)
 
@@ -236,11 +236,11 @@ def roofline(
         launched = (runtime.expert_launches, last)
     small = max(0, runtime.expert_launches - (GATHER_OPERATIONS if runtime.gathers else MATRIX_OPERATIONS))
     work = Work(
-        dense_N=(np.maximum(memory_SL, compute_SL) + node * nodes_SL).reshape(-1),
+        dense_N=(np.maximum(memory_SL, compute_SL) + gap + node * nodes_SL).reshape(-1),
         launches_N=launches_SL.reshape(-1) * launch,
-        experts_N=experts_N + node * small,
+        experts_N=experts_N + gap + node * small,
         launch_experts=launched[0] * launch,
-        head_S=np.maximum(last_memory_S, last_compute_S) + node * max(0, last - 1),
+        head_S=np.maximum(last_memory_S, last_compute_S) + gap + node * max(0, last - 1),
         launch_head=launched[1] * launch,
         operation=launch,
         layers=L,
@@ -342,6 +342,7 @@ def costs_of(
     forecast_us: float = 20.0,
     asked_us: float = 0.0,
     chunk_bytes: int = 0,
+    piece_bytes: int = 0,
 ) -> Costs:
     """All that a simulation must know of a model on a machine.
 
@@ -351,6 +352,7 @@ def costs_of(
         context, sequences, runtime, asked_us: see :func:`roofline`.
         forecast_us: from a router's choice until its forecast is known.
         chunk_bytes: where a forecast's copy can be stopped; 0: nowhere.
+        piece_bytes: by which it is handed over, each with the latency of a copy; 0: as a whole.
 
     Raises:
         ConfigError: see :func:`roofline`, or an expert of no bytes.
@@ -365,6 +367,7 @@ def costs_of(
         link_bytes_per_ns=hardware.link_bytes_per_ns,
         link_latency_ns=latency,
         link_chunk_bytes=chunk_bytes,
+        forecast_share=hardware.share_in_pieces(piece_bytes),
         file_bytes_per_ns=hardware.file_gb_per_s,
         file_latency_ns=hardware.file_latency_us * 1e3,
         event_ns=runtime.event_us * 1e3,

@@ -226,6 +226,7 @@ def timing(
             context=context,
             runtime=runtime,
             chunk_bytes=pieces,
+            piece_bytes=StoreSettings().piece_bytes,
         )
 
     if case.own:

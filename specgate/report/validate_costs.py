@@ -126,6 +126,7 @@ def costs_by_profile(
         runtime=runtime,
         asked_us=handover_us,
         chunk_bytes=pieces,
+        piece_bytes=StoreSettings().piece_bytes if pieces else 0,
     )
     return replace(costs, forecast_ns=1e3 * known_after_us(runtime, hardware, costs, handover_us))
 

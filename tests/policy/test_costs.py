@@ -81,6 +81,8 @@ def test_nothing_can_be_changed() -> None:
         ("expert_bytes", 1.5, "expert_bytes=1.5"),
         ("expert_bytes", True, "expert_bytes=True"),
         ("link_chunk_bytes", -1, "link_chunk_bytes=-1"),
+        ("forecast_share", 0.0, "forecast_share=0.0 is no share"),
+        ("forecast_share", 1.5, "forecast_share=1.5 is no share"),
         ("link_bytes_per_ns", 0.0, "link_bytes_per_ns=0.0 moves nothing"),
         ("link_bytes_per_ns", float("nan"), "link_bytes_per_ns=nan"),
         ("file_bytes_per_ns", float("inf"), "file_bytes_per_ns=inf"),

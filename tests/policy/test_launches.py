@@ -272,6 +272,7 @@ def test_graphs_are_one_launch_each_and_their_operations_take_the_device_a_littl
         "send_us": 5,
         "graph_us": 3,
         "node_us": 0.1,
+        "gap_us": 0.2,
         "write_us": 2,
         "answer_us": 7,
         "graph_slowdown": 0.5,
@@ -282,9 +283,11 @@ def test_graphs_are_one_launch_each_and_their_operations_take_the_device_a_littl
     bare = roofline(sizes(), whole, machine(), runtime=RUNTIMES["fused"])
     assert found.launch_ns_N is not None
     # the answer, the next stretch's graph or the device's work, sending, the experts' graph
-    device = 3_000 + bare.pre_ns_N[1] + 900
+    device = 3_000 + bare.pre_ns_N[1] + 900 + 200
     assert found.launch_ns_N[1] == pytest.approx(7_000 + device + 2_000 + 3_000)
-    assert found.exec_ns_N.tolist() == pytest.approx((bare.exec_ns_N + 2 * 100 + 2_000 + 3_000).tolist())
+    assert found.exec_ns_N.tolist() == pytest.approx(
+        (bare.exec_ns_N + 2 * 100 + 200 + 2_000 + 3_000).tolist()
+    )
     assert plain.launch_ns_N is not None
     assert plain.launch_ns_N[1] == 10_000 + 10_000 + 5_000 + 4_000, "a profile that says nothing of graphs"
     assert costs_of(sizes(), whole, one, runtime=runtime).link_slowdown == 0.5

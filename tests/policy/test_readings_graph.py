@@ -11,7 +11,7 @@ from specgate.policy.readings_graph import OPERATIONS, PARTS, fields_of, medians
 
 
 def readings(**ns: float) -> dict[str, Any]:
-    usual = {"write": 20e3, "experts": 10e3, "dense": 8e3, "answer": 90e3, "node": 2e3} | ns
+    usual = {"write": 20e3, "experts": 10e3, "dense": 8e3, "answer": 90e3, "node": 2e3, "gap": 1e3} | ns
     return {name: {"ns": v, "low": v, "high": v} for name, v in usual.items()}
 
 
@@ -25,7 +25,7 @@ def test_an_answer_is_less_what_the_device_still_had_to_do() -> None:
     found = fields_of(readings())
     assert found["graph_us"] == 9
     assert (found["write_us"], found["node_us"]) == (20, 2)
-    assert found["answer_us"] == pytest.approx(90 - (2 * OPERATIONS - 8))
+    assert found["answer_us"] == pytest.approx(90 - (2 * OPERATIONS + 2 * 1 - 8))
     assert fields_of(readings(answer=1e3))["answer_us"] == 0, "never negative"
     assert fields_of(readings(dense=1e6))["answer_us"] == 90, "the device was done by then"
 
@@ -44,4 +44,5 @@ def test_graphs_cost_the_host_less_than_their_operations() -> None:
     assert found is not None
     assert found["experts"]["ns"] + found["dense"]["ns"] < host["layer"]["ns"]
     assert 100 < found["node"]["ns"] < 20e3
-    assert set(fields_of(found)) == {"graph_us", "node_us", "write_us", "answer_us"}
+    assert found["gap"]["ns"] < 50e3
+    assert set(fields_of(found)) == {"graph_us", "node_us", "gap_us", "write_us", "answer_us"}

@@ -114,6 +114,13 @@ def test_a_coded_block_is_shorter_and_has_to_be_decoded() -> None:
     assert found.link_chunk_bytes == 256
 
 
+def test_copies_in_pieces_have_a_latency_each() -> None:
+    """A piece of 20 KB takes 2 us at 10 GB/s, and as long to begin."""
+    found = costs_of(sizes(), one_token(), machine(), chunk_bytes=256, piece_bytes=20_000)
+    assert found.forecast_share == pytest.approx(0.5)
+    assert costs_of(sizes(), one_token(), machine(), chunk_bytes=256).forecast_share == 1
+
+
 def test_host_memory_can_be_the_slower_end_of_the_link() -> None:
     assert costs_of(sizes(), one_token(), machine(host_gb_per_s=4)).link_bytes_per_ns == 4
 

@@ -83,6 +83,7 @@ def costs_of(draw: st.DrawFn, workload: Workload) -> Costs:
         link_bytes_per_ns=draw(st.sampled_from([8.0, 16.0, 64.0])) * (1.0 + draw(ROUGH) if rough else 1.0),
         link_latency_ns=draw(one),
         link_chunk_bytes=draw(st.sampled_from([0, 8, 16, 48])),
+        forecast_share=draw(st.sampled_from([1.0, 1.0, 0.5, 0.8])),
         file_bytes_per_ns=draw(st.sampled_from([4.0, 16.0])) * (1.0 + draw(ROUGH) if rough else 1.0),
         file_latency_ns=draw(one),
         event_ns=draw(one),

@@ -147,7 +147,7 @@ class Reference(State):
                     chosen = b
             if chosen is not None:
                 self.flying[chosen].stage = "copy"
-                work = self.low_copy if self.flying[chosen].low else self.copy
+                work = self.slower(self.low_copy if self.flying[chosen].low else self.copy)
                 self.link = Copy(chosen, self.t, 0.0, work)
             else:
                 self.upgrade()
@@ -165,7 +165,7 @@ class Reference(State):
         order = [(hint[1], -hint[0], b) for b, hint in hints.items() if hint]
         if order:
             b = min(order)[2]
-            self.link = Copy(b, self.t, 0.0, self.copy, upgrade=True)
+            self.link = Copy(b, self.t, 0.0, self.slower(self.copy), upgrade=True)
             self.spent[b] += self.c.expert_bytes
             self.count("prefetch_bytes", self.c.expert_bytes)
 
@@ -300,6 +300,11 @@ class Reference(State):
         there = self.fetch(asked, absent, late, copies, reads)
         return there, len(absent), judged
 
+    def slower(self, copy: float) -> float:
+        """A copy that begins before somebody waits for it."""
+        latency = self.c.link_latency_ns
+        return latency + (copy - latency) / self.c.forecast_share
+
     def next_stop(self) -> float:
         """The work that the copy under way has done when it can be stopped."""
         assert self.link
@@ -309,7 +314,7 @@ class Reference(State):
         latency, chunk = self.c.link_latency_ns, self.c.link_chunk_bytes
         stops = [self.link.work]
         if chunk:
-            size = chunk / self.c.link_bytes_per_ns
+            size = chunk / (self.c.link_bytes_per_ns * self.c.forecast_share)
             stops += [latency + k * size for k in range(1, self.c.expert_bytes // chunk + 1)]
         return min([stop for stop in stops if now <= stop <= self.link.work], default=self.link.work)
 

@@ -104,6 +104,7 @@ class Held {
     table.link_chunk_bytes = whole(costs, "link_chunk_bytes");
     table.link_bytes_per_ns = real(costs, "link_bytes_per_ns");
     table.link_latency_ns = real(costs, "link_latency_ns");
+    table.forecast_share = real(costs, "forecast_share");
     table.file_bytes_per_ns = real(costs, "file_bytes_per_ns");
     table.file_latency_ns = real(costs, "file_latency_ns");
     table.event_ns = real(costs, "event_ns");

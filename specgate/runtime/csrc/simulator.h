@@ -113,6 +113,10 @@ class Simulator {
   void start_copy(int64_t b, double work, bool upgrade);
   int64_t next_upgrade();
   double copy_of(uint32_t b) const { return blocks_[b].low ? low_ns_ : copy_ns_; }
+  /// The same of a copy that begins before somebody waits for it.
+  double ahead_of(double copy) const {
+    return costs_.link_latency_ns + (copy - costs_.link_latency_ns) / costs_.forecast_share;
+  }
   void start_link();
   void start_file();
   void land_link();

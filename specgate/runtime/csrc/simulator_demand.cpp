@@ -45,7 +45,7 @@ double Simulator::boundary() const {
   if (now_ == link_start_) return link_done_;  // it stands at one
   const double total = link_work_, done = link_done_ + (now_ - link_start_);
   if (costs_.link_chunk_bytes == 0) return total;
-  const double chunk = static_cast<double>(costs_.link_chunk_bytes) / costs_.link_bytes_per_ns;
+  const double chunk = static_cast<double>(costs_.link_chunk_bytes) / (costs_.link_bytes_per_ns * costs_.forecast_share);
   const double chunks = std::max(1.0, std::ceil((done - costs_.link_latency_ns) / chunk));
   return std::min(costs_.link_latency_ns + chunks * chunk, total);
 }

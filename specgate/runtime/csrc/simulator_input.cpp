@@ -115,6 +115,9 @@ void check_costs(const Calls& calls, const CostTable& c) {
   check_time("file_latency_ns", c.file_latency_ns);
   check_time("event_ns", c.event_ns);
   check_time("forecast_ns", c.forecast_ns);
+  if (!(c.forecast_share > 0 && c.forecast_share <= 1)) {
+    refuse("forecast_share=" + std::to_string(c.forecast_share) + " is no share of the link: give more than 0, up to 1.");
+  }
   if (!is_time(c.link_slowdown)) {
     refuse("link_slowdown=" + std::to_string(c.link_slowdown) + " slows nothing down: give a number from 0.");
   }

@@ -29,6 +29,7 @@ struct CostTable {
   int64_t expert_bytes = 1, link_chunk_bytes = 0;
   double link_bytes_per_ns = 1, link_latency_ns = 0, file_bytes_per_ns = 1, file_latency_ns = 0;
   double event_ns = 0, forecast_ns = 0;
+  double forecast_share = 1;  // of the link's speed that a forecast's copy reaches
   const double* pre_ns = nullptr;   // [N]
   const double* exec_ns = nullptr;  // [N]
   const double* launch_ns = nullptr;  // [N]; null: none

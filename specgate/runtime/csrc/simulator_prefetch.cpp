@@ -228,11 +228,11 @@ void Simulator::start_link() {
     if (start(key.block, -key.b, static_cast<int64_t>(key.a))) found = key.block;
   }
   if (found != kNone) {
-    start_copy(found, copy_of(static_cast<uint32_t>(found)), false);
+    start_copy(found, ahead_of(copy_of(static_cast<uint32_t>(found))), false);
   } else if (!lows_.empty() && (found = next_upgrade()) != kNone) {
     blocks_[static_cast<size_t>(found)].spent += costs_.expert_bytes;
     tally_->prefetch_bytes += costs_.expert_bytes;
-    start_copy(found, copy_ns_, true);
+    start_copy(found, ahead_of(copy_ns_), true);
   }
 }
 
