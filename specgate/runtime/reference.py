@@ -82,6 +82,7 @@ class Ledger(State):
         job = self._job_of(b)
         if job is not None:
             self.jobs[job.id] = job._replace(level="DEMAND")
+            self.gone.discard(job.id)
             if job.kind == "READ":
                 self.blocks[b].host_origin = "DEMAND"
 
@@ -187,7 +188,7 @@ class Ledger(State):
     def _within_limits(self, b: int, kind: str, level: str) -> bool:
         """Whether the jobs in flight leave place for this one."""
         reads = kind != "COPY"
-        same = [job for job in self.jobs.values() if job.reads == reads]
+        same = [job for job in self.jobs.values() if job.reads == reads and job.id not in self.gone]
         if reads and len(same) >= self.max_reads:
             return False
         if level == "DEMAND" or not same:
@@ -268,6 +269,13 @@ class Ledger(State):
         self.jobs[job.id] = job
         return job
 
+    def sent(self, id: int) -> None:
+        """All of a prefetch's copy is in the hands of the device: it no longer counts to the limit. Unknown
+        jobs, and others, are ignored."""
+        job = self.jobs.get(id)
+        if job is not None and job.kind == "COPY" and job.level == "PREFETCH":
+            self.gone.add(id)
+
     def complete(self, id: int, status: str) -> None:
         """The driver is done with job ``id``: "OK", "FAILED", or "CANCELLED" (done again if it is still
         wanted and, if demanded, held). Raises ``ConfigError`` for a job that is not in flight."""
@@ -276,6 +284,7 @@ class Ledger(State):
         if id not in self.jobs:
             raise ConfigError(f"job {id} is not in flight: complete each job of next_job once")
         job = self.jobs.pop(id)
+        self.gone.discard(id)
         block = self.blocks[job.block]
         if job.kind == "COPY" and not self.resident_host:
             block.host_pins -= 1

@@ -123,6 +123,7 @@ class State:
         self.host_policy: Policy = POLICIES[host_policy](len(block_class), half_life)
         self.blocks = [Block() for _ in block_class]
         self.jobs: dict[int, Job] = {}
+        self.gone: set[int] = set()  # prefetches' copies that are wholly handed to the device
         self.counters = Counter(dict.fromkeys(COUNTERS, 0))
         self.tick, self.now = 0, 0
         self.next_id, self.next_seq = 0, 0
@@ -198,7 +199,8 @@ class State:
         must(len(reads) <= self.max_reads, f"{len(reads)} reads are in flight: more than {self.max_reads}")
         copies = [job for job in self.jobs.values() if not job.reads]
         for jobs, limit in ((reads, self.prefetch_read_bytes), (copies, self.prefetch_copy_bytes)):
-            sizes = [self._bytes(job.block) for job in jobs if job.level == "PREFETCH"]
+            mine = [job for job in jobs if job.level == "PREFETCH" and job.id not in self.gone]
+            sizes = [self._bytes(job.block) for job in mine]
             must(
                 len(sizes) <= 1 or sum(sizes) <= limit, f"prefetches of {sizes} bytes in flight: over {limit}"
             )

@@ -173,6 +173,7 @@ RATES = {
     "advance": 6,
     "next_job": 22,
     "complete": 20,
+    "sent": 8,
     "take_failed": 2,
     "ready": 2,
     "set_weights": 1,
@@ -200,6 +201,8 @@ def any_call(random: Random, twins: Twins, now: int) -> tuple[Any, ...]:
         case "complete" if twins.flying:
             status = random.choice(["OK", "OK", "OK", "FAILED", "CANCELLED"])
             return "complete", random.choice(list(twins.flying)), status
+        case "sent":
+            return "sent", random.choice([*twins.flying, 10_000])
         case "next_job" | "complete":
             return ("next_job",)
         case "take_failed":

@@ -24,6 +24,25 @@ def test_demands_go_first_come_first_served_and_prefetches_by_deadline(make: Mak
     assert [job.block for job in start(ledger)] == [2, 1, 3, 0]
 
 
+def test_a_copy_that_was_sent_makes_way_for_the_next(make: Make) -> None:
+    ledger = one_class(make, blocks=8, slots=8, resident_host=True, prefetch_copy_bytes=1)
+    for b in range(3):
+        ledger.prefetch(b, 0.5, b + 1)
+    assert [job.block for job in start(ledger)] == [0], "one is always allowed"
+    ledger.sent(0)
+    ledger.sent(0)
+    ledger.sent(99)
+    assert [job.block for job in start(ledger)] == [1], "one behind it"
+    ledger.demand([0])
+    ledger.sent(1)
+    assert ledger.next_job() is None, "a demand is on its way"
+    ledger.complete(0, "OK")
+    assert [job.block for job in start(ledger)] == [2]
+    ledger.complete(1, "OK")
+    ledger.complete(2, "OK")
+    assert ledger.ready([0, 1, 2])
+
+
 def test_reads_in_flight_are_limited_for_all(make: Make) -> None:
     ledger = make([0, 0, 0, 1, 1], [10, 10], [3, 2], [3, 0], max_reads=2)
     ledger.prefetch(0, 0.5, 9)

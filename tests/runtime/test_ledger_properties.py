@@ -28,6 +28,7 @@ class Watch:
         self.speculative: dict[int, tuple[float, int]] = {}
         self.unread: set[int] = set()  # brought to host memory by a prefetch, not used yet
         self.urgent: set[int] = set()  # jobs in flight for a demand
+        self.sent: set[int] = set()  # copies in flight that no longer count to the limit
         self.failed: set[int] = set()
         self.expected: Counter[str] = Counter()
 
@@ -42,6 +43,8 @@ class Watch:
         answer = twins.call(name, *args)
         if name == "advance":
             self.now = args[0]
+        if name == "sent" and (sent := twins.flying.get(args[0])) is not None and sent.kind == "COPY":
+            self.sent.add(sent.id)
         if name == "take_failed":
             self.failed |= set(answer)
         if name == "demand":
@@ -125,7 +128,7 @@ class Watch:
         sizes = [
             self.size(other.block)
             for other in self.twins.flying.values()
-            if other.id not in {job.id, *self.urgent} and (other.kind != "COPY") == reads
+            if other.id not in {job.id, *self.urgent, *self.sent} and (other.kind != "COPY") == reads
         ]
         limit = self.twins.options["prefetch_read_bytes" if reads else "prefetch_copy_bytes"]
         for b, state in enumerate(before):

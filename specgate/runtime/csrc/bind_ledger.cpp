@@ -114,6 +114,7 @@ void bind_ledger(nb::module_& m) {
       .def("complete",
            [](Ledger& self, int64_t id, const std::string& status) { self.complete(id, status_of(status)); },
            "id"_a, "status"_a = "OK")
+      .def("sent", &Ledger::sent, "id"_a)
       .def("ready", &Ledger::ready, "blocks"_a, "issued"_a = false)
       .def("take_failed", &Ledger::take_failed)
       .def("stats", [](const Ledger& self) { return counters_dict(self.counters()); })

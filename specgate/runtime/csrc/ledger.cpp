@@ -158,8 +158,9 @@ void Ledger::set_demand(uint32_t b) {
   if (block.want && !flying) unqueue(b);
   if (flying) {  // its bytes count as demand from now on
     Job& job = jobs_.at(block.job);
-    count_job(job, -1);
+    if (!job.sent) count_job(job, -1);
     job.level = Level::Demand;
+    job.sent = false;
     count_job(job, 1);
     if (job.kind == JobKind::Read) block.host_origin = Level::Demand;
   }

@@ -31,6 +31,7 @@ struct Job {
   int64_t slab = -1;
   int64_t slot = -1;
   Level level = Level::Demand;
+  bool sent = false;  ///< wholly handed to the device: another forecast's copy may begin behind it
 };
 
 /// Why a block is to move.
@@ -96,6 +97,9 @@ class Ledger {
   std::vector<int64_t> advance(int64_t now);
   std::optional<Job> next_job();
   void complete(int64_t id, JobStatus status);
+  /// All of a copy is in the hands of the device: it no longer counts as a forecast's bytes in flight. Unknown jobs, and
+  /// demands, are ignored.
+  void sent(int64_t id);
   /// Every block is on the device (or, with `issued`, on its way).
   bool ready(const std::vector<uint32_t>& blocks, bool issued) const;
   /// Of the blocks: those that failed (for the waiting caller, who then releases all).

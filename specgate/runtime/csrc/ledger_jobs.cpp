@@ -164,6 +164,15 @@ void Ledger::fail(uint32_t b) {
   }
 }
 
+void Ledger::sent(int64_t id) {
+  const auto found = jobs_.find(id);
+  if (found == jobs_.end()) return;
+  Job& job = found->second;
+  if (job.sent || job.kind != JobKind::Copy || job.level != Level::Prefetch) return;
+  count_job(job, -1);
+  job.sent = true;
+}
+
 void Ledger::complete(int64_t id, JobStatus status) {
   const auto found = jobs_.find(id);
   if (found == jobs_.end()) {
@@ -171,7 +180,7 @@ void Ledger::complete(int64_t id, JobStatus status) {
   }
   const Job job = found->second;
   jobs_.erase(found);
-  count_job(job, -1);
+  if (!job.sent) count_job(job, -1);
   blocks_[job.block].job = -1;
   if (job.kind == JobKind::Read) {
     land_read(job, status);

@@ -148,6 +148,8 @@ void Store::start_copy(const Job& job, const std::byte* from) {
     {
       const std::lock_guard lock(mutex_);
       if (flights_.count(id) > 0) copying_[block] = true;
+      ledger_->sent(id);
+      pump();  // the next forecast is chosen while the last pieces of this one are on their way
       tell = waiting_ > 0;
     }
     if (tell) changed_.notify_all();

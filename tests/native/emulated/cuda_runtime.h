@@ -18,7 +18,7 @@
 #define CUDART_VERSION 13000
 
 using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1;
+constexpr cudaError_t cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorNotReady = 600;
 enum cudaMemcpyKind { cudaMemcpyHostToDevice };
 constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaEventBlockingSync = 1,
                    cudaHostAllocPortable = 1;
@@ -38,6 +38,10 @@ struct Progress {
   int64_t last() {
     const std::lock_guard lock(mutex);
     return recorded;
+  }
+  bool is_done() {
+    const std::lock_guard lock(mutex);
+    return done >= recorded;
   }
   void wait_for(int64_t number) {
     std::unique_lock lock(mutex);
@@ -194,6 +198,9 @@ inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, u
 inline cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   event->progress->wait_for(event->progress->last());
   return cudaSuccess;
+}
+inline cudaError_t cudaEventQuery(cudaEvent_t event) {
+  return event->progress->is_done() ? cudaSuccess : cudaErrorNotReady;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   if (emulated::copies_until_failure >= 0 && emulated::copies_until_failure-- == 0) return cudaErrorInvalidValue;
